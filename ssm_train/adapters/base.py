@@ -1,0 +1,143 @@
+"""The seam between the loop and a model family: what the loop may know of a model, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+KernelChoice = Literal["auto", "triton", "reference"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Facts about a model family, as data. Names are module or parameter name suffixes."""
+
+    lora_targets: tuple[str, ...]
+    """Default LoRA targets: every projection of the mixers and the MLPs."""
+    raw_weight_reads: tuple[str, ...] = ()
+    """Modules that stock kernels read past their forward; stock PEFT would train them in vain."""
+    refused_targets: tuple[str, ...] = ()
+    """Modules that stock PEFT refuses to load an adapter onto."""
+    keep_fp32: tuple[str, ...] = ()
+    """Parameters stored in fp32 in every preset (A_log, D, the biases before softplus)."""
+    no_decay: tuple[str, ...] = ()
+    """Parameters that never get weight decay."""
+    supports: frozenset[str] = frozenset()
+    """Of "packing", "cached_decode", "grad_ckpt"."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to load: a checkpoint (hub id or directory), or a new model from a configuration."""
+
+    model: str | None = None
+    model_config: Mapping[str, Any] | None = None
+    """`{"model_type": ..., ...}`: a new model with random weights, when `model` is None."""
+    tokenizer: str | None = None
+    """Hub id or directory; None: the checkpoint's own."""
+    adapter: str | None = None
+    """Explicit family name; None: routed (see registry.resolve)."""
+    revision: str | None = None
+    dtype: torch.dtype = torch.float32
+    """How frozen weights are stored; Traits.keep_fp32 stays fp32."""
+    kernels: KernelChoice = "auto"
+    gradient_checkpointing: bool = False
+    device: str = "cpu"
+    init_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Wraps loading, so that sharded loading (ZeRO-3, meta device) has its place."""
+
+
+@dataclass
+class Prepared:
+    """All that the loop ever sees of a model."""
+
+    model: nn.Module
+    tokenizer: Any
+    traits: Traits
+    kernels: dict[str, str] = field(default_factory=dict)
+    """op -> implementation in use, for the log."""
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one rank: rows padded to one length, or documents packed into one row.
+
+    Supervision is a list of positions, made on the host, so that the model computes logits only
+    there and the count is known without a device sync. Targets are already shifted: `targets[s]`
+    is the token that follows flat position `target_positions[s]`, inside one document.
+    """
+
+    input_ids: Tensor  # [B, T] int64
+    target_positions: Tensor  # [S] int64, indices into the flattened [B * T]
+    targets: Tensor  # [S] int64
+    sequence_ids: Tensor  # [B, T] int64: which document of this batch, -1 on padding
+    position_ids: Tensor  # [B, T] int64: position inside the document, 0 on padding
+    attention_mask: Tensor | None = None  # [B, T] bool, True on real tokens; None when packed
+    cu_seqlens: Tensor | None = None  # [N + 1] int32 row offsets, packed rows only (B = 1)
+    example_ids: tuple[int, ...] = ()  # index in the data set of each document
+    num_tokens: int = 0  # real tokens, padding excluded
+
+    @property
+    def num_targets(self) -> int:
+        return self.targets.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass
+class LossSum:
+    """Cross entropy summed over the supervised tokens of a batch (nats), and their number."""
+
+    loss: Tensor  # [] fp32
+    num_targets: int
+
+
+class ModelAdapter(Protocol):
+    """One model family. Knows nothing of training."""
+
+    name: str
+    traits: Traits
+
+    def prepare(self, spec: ModelSpec) -> Prepared:
+        """Weights, tokenizer, dtype islands, kernels; no PEFT, no data."""
+        ...
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
+        """Loss over `batch.targets`. `model` may be wrapped (PEFT, DDP, DeepSpeed)."""
+        ...
+
+    def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits at `batch.target_positions`, [S, V] fp32."""
+        ...
+
+
+TokenLosses = Callable[[nn.Module, Batch], LossSum]
+
+
+class PeftMethod(Protocol):
+    """One way to choose or add trainable parameters."""
+
+    def inject(self, prepared: Prepared) -> None:
+        """Adds parameters to `prepared.model` (may replace it) and sets requires_grad."""
+        ...
+
+    def calibrate(
+        self, prepared: Prepared, batches: Iterable[Batch], token_losses: TokenLosses
+    ) -> None:
+        """For methods that look at data before training; others do nothing."""
+        ...
+
+    def stages(self) -> tuple[str, ...]:
+        """("train",), or ("warmup", "train")."""
+        ...
