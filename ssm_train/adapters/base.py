@@ -8,7 +8,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+
+from ssm_train.settings import Settings
 
 KernelChoice = Literal["auto", "triton", "reference"]
 
@@ -31,12 +34,37 @@ class Traits:
     """Of "packing", "cached_decode", "grad_ckpt"."""
 
 
+class ModelSettings(Settings):
+    """Which model, how it is stored and which kernels it uses."""
+
+    model: str | None = None
+    """Hub id, directory, or a run config (.yaml) whose result is the model, trained if need be."""
+    new_model: dict[str, Any] | None = None
+    """A model with random weights instead: a transformers configuration with its `model_type`."""
+    adapter: str | None = None
+    """Model family, when it should not be found out from the checkpoint."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    tokenizer: str | dict[str, Any] | None = "EleutherAI/gpt-neox-20b"
+    """Hub id or directory; or {type: word|bpe, vocab_size: N}, built from the training data."""
+    prec: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Arithmetic of the model and storage of its frozen weights; trained weights are fp32."""
+    kernels: KernelChoice = "auto"
+    """Implementation of the mixers' operations."""
+    backend: str = "cuda"
+    """Kept for old configs: "cuda" means the fastest kernels there are."""
+    gradient_checkpointing: bool = False
+    """Recompute the layers in the backward pass to save memory."""
+    logits_to_keep: int | None = Field(default=None, ge=0)
+    """Kept for old configs: logits are only ever computed at supervised positions."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """What to load: a checkpoint (hub id or directory), or a new model from a configuration."""
 
     model: str | None = None
-    model_config: Mapping[str, Any] | None = None
+    new_model: Mapping[str, Any] | None = None
     """`{"model_type": ..., ...}`: a new model with random weights, when `model` is None."""
     tokenizer: str | None = None
     """Hub id or directory; None: the checkpoint's own."""

@@ -1,0 +1,40 @@
+"""From files to batches: tasks and text formats, order, packing, collation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from ssm_train.settings import Settings
+
+
+class DataSettings(Settings):
+    """Which examples, and how they become batches."""
+
+    data: str
+    """A JSONL/Parquet/CSV path, a data set name (docs/data.md), or "quickstart"."""
+    val_data: str | None = None
+    """Evaluation data; None: the evaluation split of `data`."""
+    val_data_split: str = "val"
+    """Split of `val_data` to evaluate on."""
+    test_data: str | None = None
+    """Evaluated once at the end of training, when given."""
+    task: str | dict[str, Any] | None = None
+    """How fields become prompt and label: a task name or {type, prompt, label, ...}."""
+    batch_size: int = Field(default=4, ge=1)
+    """Examples in a micro-batch of one process."""
+    eval_batch_size: int | None = Field(default=None, ge=1)
+    """Examples in an evaluation batch of one process; None: twice `batch_size`."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Longest example in tokens; longer ones are dropped from training, and counted."""
+    packing: bool = False
+    """Pack documents into rows of `tokens_per_batch` tokens; state resets between documents."""
+    tokens_per_batch: int = Field(default=16_384, ge=16)
+    """Tokens in a packed micro-batch of one process."""
+    group_by_length: bool = True
+    """Batches of similar lengths: less padding, same examples per epoch."""
+    num_data_workers: int = Field(default=8, ge=0)
+    """Processes that tokenize; the batches themselves are made by the training process."""
+    seed: int = Field(default=42, ge=0)
+    """Data order, initialisation and dropout."""

@@ -1,0 +1,87 @@
+"""Parameter groups from the family's traits, the optimizer, and the learning rate of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from ssm_train.settings import Settings
+
+
+class OptimSettings(Settings):
+    """Optimizer and schedule; names and defaults of the Hugging Face Trainer."""
+
+    optim: Literal["adamw_torch", "adamw_torch_fused"] = "adamw_torch"
+    """AdamW; both names mean the fused implementation."""
+    learning_rate: float = Field(default=5e-4, ge=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay; never on norms, biases or the family's `no_decay` parameters."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradient norm above which gradients are scaled down; 0 turns it off."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Shape after warm-up; linear and cosine end at zero."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up; wins over `warmup_ratio`."""
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Warm-up as a share of all steps."""
+
+
+def lr_at(step: int, total_steps: int, settings: OptimSettings) -> float:
+    """Learning rate of optimizer step `step` (0-based) of `total_steps`: a pure function.
+
+    Linear warm-up to `learning_rate`, then linear or cosine decay that would reach zero at
+    `total_steps`, or constant. Equal to the Hugging Face schedules of the same names.
+    """
+    warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total_steps)
+    kind = settings.lr_scheduler_type
+    if kind != "constant" and step < warmup:
+        return settings.learning_rate * step / max(1, warmup)
+    if kind in ("constant", "constant_with_warmup"):
+        return settings.learning_rate
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    shape = 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.learning_rate * max(0.0, shape)
+
+
+def decays(name: str, parameter: torch.Tensor, no_decay: Iterable[str]) -> bool:
+    """Whether weight decay applies: matrices only, and none of the names in `no_decay`."""
+    if parameter.ndim < 2:
+        return False
+    return not any(f".{name}.".endswith(f".{suffix}.") for suffix in no_decay)
+
+
+def parameter_groups(
+    model: nn.Module, settings: OptimSettings, no_decay: Sequence[str]
+) -> list[dict[str, object]]:
+    """Trainable parameters in two groups: with weight decay, and without."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[decays(name, parameter, no_decay)].append(parameter)
+    return [
+        {"params": params, "weight_decay": settings.weight_decay if decay else 0.0}
+        for decay, params in groups.items()
+        if params
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, settings: OptimSettings, no_decay: Sequence[str]
+) -> torch.optim.AdamW:
+    """Fused AdamW: on CPU and GPU it skips a step on the device when `found_inf` says so."""
+    return torch.optim.AdamW(
+        parameter_groups(model, settings, no_decay),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        fused=True,
+    )
