@@ -1,10 +1,28 @@
-"""The whole training algorithm on one page."""
+"""The whole training algorithm on one page: from arithmetic data order to the optimizer's step.
+
+It knows training and nothing of models; file order is time order.
+"""
 
 from __future__ import annotations
 
-from pydantic import Field
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import torch
+from pydantic import Field
+from torch import nn
+
+from ssm_train import distributed
+from ssm_train.adapters.base import Batch, TokenLosses
+from ssm_train.optim import OptimSettings, lr_at
 from ssm_train.settings import Settings
+
+MAX_BAD_STEPS = 10  # consecutive NaN or vanished losses that end a run
+VANISHED_LOSS = 1e-6
 
 
 class LoopSettings(Settings):
@@ -22,6 +40,8 @@ class LoopSettings(Settings):
     """Epochs between evaluations, and between checkpoints."""
     eval_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between evaluations; wins over `eval_epochs`."""
+    eval_at_start: bool = False
+    """Evaluate before the first step too."""
     save_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between checkpoints; None: as often as evaluations."""
     skip_eval: bool = False
@@ -30,3 +50,221 @@ class LoopSettings(Settings):
     """Never write checkpoints."""
     min_eval_metric_after_epoch: dict[int, float] = Field(default_factory=dict)
     """Epoch -> least value of the task's main metric; below it the run stops."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Optimizer steps: how many, and every how many something happens."""
+
+    total_steps: int
+    steps_per_epoch: int
+    logging_steps: int
+    eval_steps: int
+    save_steps: int
+
+
+def plan_schedule(settings: LoopSettings, steps_per_epoch: int) -> Schedule:
+    """Turns epochs into optimizer steps; nothing is ever less than one step."""
+    every_epochs = max(1, int(settings.eval_epochs * steps_per_epoch))
+    eval_steps = settings.eval_steps or every_epochs
+    return Schedule(
+        total_steps=settings.max_steps or max(1, int(settings.num_epochs * steps_per_epoch)),
+        steps_per_epoch=steps_per_epoch,
+        logging_steps=settings.logging_steps or min(50, steps_per_epoch),
+        eval_steps=eval_steps,
+        save_steps=settings.save_steps or eval_steps,
+    )
+
+
+@dataclass
+class TrainState:
+    """All that a run remembers besides tensors; JSON in the checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # real tokens seen by all processes
+    bad_steps: int = 0  # consecutive steps with a NaN or vanished loss
+    skipped_steps: int = 0  # updates skipped because a gradient was not finite
+    best_metric: float | None = None
+    best_step: int | None = None
+
+
+@dataclass
+class Training:
+    """What the loop works on. The functions know models, files and terminals; the loop does not."""
+
+    accelerator: Any
+    model: nn.Module
+    optimizer: Any
+    token_losses: TokenLosses
+    micro_batches: Callable[[int], list[Batch]]  # this rank's part of optimizer step k
+    schedule: Schedule
+    optim: OptimSettings
+    prec: distributed.Precision
+    log: Callable[[dict[str, float]], None]
+    evaluate: Callable[[int], dict[str, float]] | None  # all ranks; None: never
+    save: Callable[[TrainState], None] | None  # all ranks; None: never
+    main_metric: str = "loss"
+    higher_is_better: bool = False
+    least_metric: dict[int, float] = field(default_factory=dict)  # epoch -> least main metric
+    stop: distributed.StopFlag | None = None
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+
+Outcome = Literal["finished", "stopped", "bad_loss", "low_metric"]
+
+
+def train(run: Training, state: TrainState) -> Outcome:
+    """Trains from `state.step` to the end of the schedule. All ranks."""
+    schedule, pending, clock = run.schedule, None, time.perf_counter()
+    while state.step < schedule.total_steps:
+        report = train_step(run, state.step)
+        state.step += 1
+        step = state.step
+        last = step == schedule.total_steps
+        due_log = last or step % schedule.logging_steps == 0
+        due_eval = run.evaluate and (last or step % schedule.eval_steps == 0)
+        due_save = run.save and (last or step % schedule.save_steps == 0)
+
+        # The status of a step is read one step late, so that the host never waits for the device;
+        # only where something is written does it have to be complete.
+        reports = [pending] if pending else []
+        pending = report
+        if due_log or due_eval or due_save:
+            reports.append(report)
+            pending = None
+        stop = False
+        for done in reports:
+            status = done.read()
+            stop |= status.stop
+            state.tokens += status.tokens
+            state.skipped_steps += status.skipped
+            bad = not math.isfinite(status.loss) or status.loss <= VANISHED_LOSS
+            state.bad_steps = state.bad_steps + 1 if bad else 0
+        if state.bad_steps >= MAX_BAD_STEPS:
+            return "bad_loss"
+
+        if due_log:
+            now = time.perf_counter()
+            run.log(
+                {
+                    "step": step,
+                    "epoch": step / schedule.steps_per_epoch,
+                    "loss": status.loss,
+                    "grad_norm": status.grad_norm,
+                    "learning_rate": lr_at(step - 1, schedule.total_steps, run.optim),
+                    "tokens": state.tokens,
+                    "seconds": now - clock,
+                    "skipped_steps": state.skipped_steps,
+                }
+            )
+            clock = now
+
+        if run.evaluate and due_eval:  # once in a while, all ranks
+            started = time.perf_counter()
+            due_save |= note_metrics(run, state, run.evaluate(step))
+            clock += time.perf_counter() - started
+        if run.save and (due_save or stop):  # once in a while, all ranks
+            started = time.perf_counter()
+            run.save(state)
+            clock += time.perf_counter() - started
+        if stop and not last:
+            return "stopped"
+        if due_eval and below_least_metric(run, state):
+            return "low_metric"
+    return "finished"
+
+
+@dataclass
+class Status:
+    """One optimizer step, summed over all processes."""
+
+    stop: bool
+    skipped: bool
+    loss: float  # mean over the step's supervised tokens, nats
+    tokens: int
+    grad_norm: float
+
+
+@dataclass
+class Report:
+    """A step's status on its way from the device."""
+
+    values: Callable[[], list[float]]
+
+    def read(self) -> Status:
+        stop, not_finite, loss_sum, targets, tokens, norm = self.values()
+        world = distributed.world_size()
+        return Status(stop > 0, not_finite > 0, loss_sum / targets, int(tokens), norm / world)
+
+
+def train_step(run: Training, step: int) -> Report:
+    """One optimizer step: all micro-batches of all ranks count as one batch.
+
+    The gradient is that of (sum of the losses) / (supervised tokens), both over the whole step,
+    so that accumulation, the number of processes and padding change nothing.
+    """
+    device = run.accelerator.device
+    batches = [batch.to(device) for batch in run.micro_batches(step)]
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr_at(step, run.schedule.total_steps, run.optim)
+
+    counts = torch.tensor(
+        [sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)],
+        dtype=torch.float64,
+        device=device,
+    )
+    counts = distributed.reduce_sum(counts)  # all ranks; stays on the device
+    # DDP averages gradients over the ranks; `world_size` makes that a sum.
+    scale = (distributed.world_size() / counts[0]).float()
+
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        with synchronise_only(run, last):
+            with distributed.autocast(run.prec, device):
+                loss = run.token_losses(run.model, batch).loss
+            run.accelerator.backward(loss * scale)
+        loss_sum += loss.detach()
+
+    norm = run.accelerator.clip_grad_norm_(run.parameters, run.optim.max_grad_norm or math.inf)
+    not_finite = (~torch.isfinite(norm)).float()
+    if run.accelerator.scaler is None:
+        # Fused AdamW leaves parameters, moments and its step count alone where found_inf is 1:
+        # the skip happens on the device.
+        run.optimizer.optimizer.found_inf = not_finite.reshape(1)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+    stop = torch.tensor(float(bool(run.stop)), dtype=torch.float64, device=device)
+    world = distributed.world_size()
+    return Report(
+        distributed.reduce_sum_later(
+            torch.stack([stop, not_finite.double(), loss_sum, *(counts / world), norm.double()])
+        )
+    )
+
+
+def synchronise_only(run: Training, last: bool) -> AbstractContextManager[Any]:
+    """Gradients cross processes with the last micro-batch only."""
+    return nullcontext() if last else run.accelerator.no_sync(run.model)
+
+
+def note_metrics(run: Training, state: TrainState, metrics: dict[str, float]) -> bool:
+    """Remembers the main metric; True when it is the best so far."""
+    value = metrics[run.main_metric]
+    sign = 1 if run.higher_is_better else -1
+    if math.isnan(value):
+        return False
+    if state.best_metric is None or sign * value > sign * state.best_metric:
+        state.best_metric, state.best_step = value, state.step
+        return True
+    return False
+
+
+def below_least_metric(run: Training, state: TrainState) -> bool:
+    """Whether an epoch's least main metric was asked for and has not been reached by any step."""
+    epochs = state.step / run.schedule.steps_per_epoch
+    due = [least for epoch, least in run.least_metric.items() if epochs >= epoch]
+    return bool(due) and (state.best_metric is None or state.best_metric < max(due))

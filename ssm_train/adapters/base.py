@@ -45,8 +45,9 @@ class ModelSettings(Settings):
     """Model family, when it should not be found out from the checkpoint."""
     revision: str | None = None
     """Revision of a hub model."""
-    tokenizer: str | dict[str, Any] | None = "EleutherAI/gpt-neox-20b"
-    """Hub id or directory; or {type: word|bpe, vocab_size: N}, built from the training data."""
+    tokenizer: str | dict[str, Any] | None = None
+    """Hub id or directory; or {type: word|bpe, vocab_size: N}, built from the training data.
+    None: the checkpoint's own, else EleutherAI/gpt-neox-20b for Mamba."""
     prec: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of the model and storage of its frozen weights; trained weights are fp32."""
     kernels: KernelChoice = "auto"
@@ -115,7 +116,7 @@ class Batch:
         return self.targets.numel()
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
