@@ -124,8 +124,8 @@ def train(run: Training, state: TrainState) -> Outcome:
         step = state.step
         last = step == schedule.total_steps
         due_log = last or step % schedule.logging_steps == 0
-        due_eval = run.evaluate and (last or step % schedule.eval_steps == 0)
-        due_save = run.save and (last or step % schedule.save_steps == 0)
+        due_eval = last or step % schedule.eval_steps == 0
+        due_save = last or step % schedule.save_steps == 0
 
         # The status of a step is read one step late, so that the host never waits for the device;
         # only where something is written does it have to be complete.
@@ -161,9 +161,12 @@ def train(run: Training, state: TrainState) -> Outcome:
             )
             clock = now
 
+        too_low = False
         if run.evaluate and due_eval:  # once in a while, all ranks
             started = time.perf_counter()
-            due_save |= note_metrics(run, state, run.evaluate(step))
+            metric = run.evaluate(step)[run.main_metric]
+            due_save |= note_best(run, state, metric)
+            too_low = below_least_metric(run, step, metric)
             clock += time.perf_counter() - started
         if run.save and (due_save or stop):  # once in a while, all ranks
             started = time.perf_counter()
@@ -171,7 +174,7 @@ def train(run: Training, state: TrainState) -> Outcome:
             clock += time.perf_counter() - started
         if stop and not last:
             return "stopped"
-        if due_eval and below_least_metric(run, state):
+        if too_low:
             return "low_metric"
     return "finished"
 
@@ -233,7 +236,7 @@ def train_step(run: Training, step: int) -> Report:
     if run.accelerator.scaler is None:
         # Fused AdamW leaves parameters, moments and its step count alone where found_inf is 1:
         # the skip happens on the device.
-        run.optimizer.optimizer.found_inf = not_finite.reshape(1)
+        run.optimizer.optimizer.found_inf = not_finite
     run.optimizer.step()
     run.optimizer.zero_grad()
 
@@ -251,20 +254,17 @@ def synchronise_only(run: Training, last: bool) -> AbstractContextManager[Any]:
     return nullcontext() if last else run.accelerator.no_sync(run.model)
 
 
-def note_metrics(run: Training, state: TrainState, metrics: dict[str, float]) -> bool:
-    """Remembers the main metric; True when it is the best so far."""
-    value = metrics[run.main_metric]
+def note_best(run: Training, state: TrainState, metric: float) -> bool:
+    """Remembers the best main metric; True when this is it."""
     sign = 1 if run.higher_is_better else -1
-    if math.isnan(value):
-        return False
-    if state.best_metric is None or sign * value > sign * state.best_metric:
-        state.best_metric, state.best_step = value, state.step
+    better = state.best_metric is None or sign * metric > sign * state.best_metric
+    if better and not math.isnan(metric):
+        state.best_metric, state.best_step = metric, state.step
         return True
     return False
 
 
-def below_least_metric(run: Training, state: TrainState) -> bool:
-    """Whether an epoch's least main metric was asked for and has not been reached by any step."""
-    epochs = state.step / run.schedule.steps_per_epoch
-    due = [least for epoch, least in run.least_metric.items() if epochs >= epoch]
-    return bool(due) and (state.best_metric is None or state.best_metric < max(due))
+def below_least_metric(run: Training, step: int, metric: float) -> bool:
+    """Whether the main metric misses the least value asked for from this epoch on."""
+    epochs = step / run.schedule.steps_per_epoch
+    return any(epochs >= epoch and metric < least for epoch, least in run.least_metric.items())
