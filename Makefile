@@ -1,0 +1,63 @@
+# make quickstart   fine-tune a tiny GLA and a tiny Mamba on the CPU
+# make test         lint, types and every test that needs no GPU
+#
+# Both make .venv once and reuse it. Variables:
+#   PYTHON       interpreter for .venv (3.11 to 3.13); one that already has torch lends it to .venv
+#   TORCH        what to install as torch when there is none
+#   TORCH_INDEX  package index for torch alone, e.g. one with CPU-only builds
+PYTHON ?= python3
+TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+TORCH_INDEX ?=
+RUN := .venv/bin/python
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart test test-unit lint clean help
+
+help:
+	@sed -n 's/^# \?//p' Makefile | head -9
+
+quickstart: .venv/installed
+	@$(RUN) train.py --cfg cfg/quickstart/gla_lora.yaml --overwrite
+	@$(RUN) train.py --cfg cfg/quickstart/mamba_lora.yaml --overwrite
+
+test: lint
+	@echo "== tests (everything that needs no GPU)"
+	@$(RUN) -m pytest tests --durations=10
+
+test-unit: .venv/installed-dev
+	@$(RUN) -m pytest tests/unit
+
+lint: .venv/installed-dev
+	@echo "== ruff and mypy"
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+# A torch that is already there, in PYTHON or in .venv, is kept: the build that suits the machine
+# is the user's choice, and a plain requirement would replace it by several GB of CUDA.
+.venv/torch:
+	@echo "== making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); \
+	    sys.exit(None if ok else "ssm_train needs Python 3.11 to 3.13; set PYTHON=")'
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	    echo "== using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages .venv; \
+	else $(PYTHON) -m venv .venv; fi
+	@$(RUN) -c 'import torch' 2>/dev/null || { echo "== installing $(TORCH)"; \
+	    $(RUN) -m pip install --quiet --disable-pip-version-check \
+	        $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'; }
+	@touch $@
+
+.venv/installed: .venv/torch pyproject.toml
+	@echo "== installing ssm_train and what it needs (about two minutes, once)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "== installing the test tools"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
