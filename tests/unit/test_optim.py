@@ -1,4 +1,4 @@
-"""Learning rates against transformers' schedules; which parameters decay; the skip on the device."""
+"""Learning rates against transformers' schedules; weight decay; the skip on the device."""
 
 import pytest
 import torch
