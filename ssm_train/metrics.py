@@ -12,3 +12,7 @@ class MetricsSettings(Settings):
 
     trackers: list[str] = Field(default_factory=list)
     """Of tensorboard, wandb, trackio, swanlab."""
+
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab")
+"""Trackers that `trackers:` may name; each is a package of the same name."""

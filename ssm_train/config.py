@@ -1,0 +1,425 @@
+"""What a run is: one strict, flat config, made of every component's settings; layers defaults
+< file < command line < HP_* variables, and where each value came from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from ssm_train.adapters.base import ModelSettings
+from ssm_train.checkpoint import CheckpointSettings
+from ssm_train.data import DataSettings
+from ssm_train.errors import InputError, near
+from ssm_train.evaluate import EvalSettings
+from ssm_train.loop import LoopSettings
+from ssm_train.metrics import TRACKERS, MetricsSettings
+from ssm_train.optim import OptimSettings
+from ssm_train.settings import Settings
+from ssm_train.strict_yaml import Document, KeyPath, dump, parse_value, read_document
+
+GLUE_TASKS = ("rte", "cola", "mrpc", "sst2", "qnli", "qqp", "mnli", "wnli")
+
+# The run that a bare PEFT JSON configures, as `train.py --cfg cfg/peft/lora/x.json` always did.
+MAMBA_RUN = {"model": "state-spaces/mamba-130m", "data": "glue-tvt_cola"}
+
+Provenance = dict[str, str]
+"""Key, dotted when nested -> "default", "cfg/x.yaml:12", "command line" or "HP_LR"."""
+
+
+class PeftOverrides(Settings):
+    """Changes to the PEFT config from HP_* variables; None leaves the config's own value."""
+
+    peft_type: str | None = None
+    """PEFT method (HP_PEFT_TYPE)."""
+    r: int | None = Field(default=None, ge=1)
+    """LoRA rank (HP_PEFT_R)."""
+    lora_alpha: float | None = Field(default=None, gt=0)
+    """LoRA alpha (HP_PEFT_ALPHA)."""
+    lora_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """LoRA dropout (HP_PEFT_DROPOUT)."""
+    init_lora_weights: str | bool | None = None
+    """Initialisation (HP_INIT): true, pissa, pissa_niter_4, olora, ..."""
+    pissa_fast: bool | None = None
+    """HP_PISSA_FAST: "pissa" in the config means "pissa_niter_4"; ignored when HP_INIT is set."""
+    use_dora: bool | None = None
+    """DoRA (HP_USE_DORA)."""
+    use_rslora: bool | None = None
+    """rsLoRA (HP_USE_RSLoRA)."""
+    loraga_batch_size: int | None = Field(default=None, ge=1)
+    """Examples in a LoRA-GA gradient batch (HP_LORAGA_BATCH_SIZE)."""
+    loraga_steps: int | None = Field(default=None, ge=1)
+    """LoRA-GA gradient batches (HP_LORAGA_STEPS)."""
+    loraga_layerwise: bool | None = None
+    """LoRA-GA gradients layer by layer (HP_LORAGA_LAYERWISE)."""
+    loraga_stable_c: float | None = Field(default=None, gt=0)
+    """LoRA-GA scale c (HP_LORAGA_STABLE_C)."""
+    num_warmup_it: int | None = Field(default=None, ge=0)
+    """SDLoRA warm-up steps (HP_WARMUP_IT)."""
+    train_ratio: float | None = Field(default=None, ge=0, le=1)
+    """SDLoRA share of trained channels (HP_TRAIN_RATIO)."""
+    freeze_ratio: float | None = Field(default=None, ge=0, le=1)
+    """SDLoRA share of frozen channels (HP_FREEZE_RATIO)."""
+    zero_ratio: float | None = Field(default=None, ge=0, le=1)
+    """SDLoRA share of zeroed channels (HP_ZERO_RATIO)."""
+
+    def given(self) -> dict[str, Any]:
+        """Only what was set."""
+        return self.model_dump(exclude_none=True)
+
+
+class RunConfig(
+    ModelSettings,
+    DataSettings,
+    OptimSettings,
+    LoopSettings,
+    EvalSettings,
+    CheckpointSettings,
+    MetricsSettings,
+    Settings,
+):
+    """A whole run, flat. The keys below are the run's own; the others are the components'."""
+
+    peft: str | dict[str, Any] | None = None
+    """Path to a PEFT JSON, or the mapping itself; null: full fine-tuning."""
+    peft_overrides: PeftOverrides = PeftOverrides()
+    """Changes to `peft`, as the HP_* variables of LoRA make them."""
+    name: str | None = None
+    """Name of the run and of its directory; null: the config file's stem."""
+    output_root: str = "output/benchmark"
+    """Directory of all runs; its default is the variable SSM_TRAIN_OUTPUT."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto (a GPU when there is one), cpu, cuda, cuda:1, ..."""
+    debug: bool = False
+    """Train on the first 8 examples, evaluate on the first 2, one epoch."""
+    resume: bool = False
+    """Go on from the newest valid checkpoint of the run directory."""
+    overwrite: bool = False
+    """Remove an earlier run of this name first."""
+    lock: bool = False
+    """Own the run directory: a second process leaves."""
+
+
+ENVIRONMENT: dict[str, str] = {
+    "HP_DATA": "data",
+    "HP_VAL_SPLIT": "val_data_split",
+    "HP_BATCH_SIZE": "batch_size",
+    "HP_EVAL_BATCH_SIZE": "eval_batch_size",
+    "HP_LR": "learning_rate",
+    "HP_EPOCHS": "num_epochs",
+    "HP_PREC": "prec",
+    "HP_SEED": "seed",
+    "HP_MAX_STEPS": "max_steps",
+    "HP_LOGGING_STEPS": "logging_steps",
+    "HP_EVAL_STEPS": "eval_steps",
+    "HP_SAVE_STEPS": "save_steps",
+    "NUM_DATA_WORKERS": "num_data_workers",
+    "GRADIENT_CHECKPOINTING": "gradient_checkpointing",
+    "LOGITS_TO_KEEP": "logits_to_keep",
+    "LR_SCHEDULER_TYPE": "lr_scheduler_type",
+    "LR_WARMUP_STEPS": "warmup_steps",
+    "LR_WARMUP_RATIO": "warmup_ratio",
+    "HP_PEFT_R": "peft_overrides.r",
+    "HP_PEFT_ALPHA": "peft_overrides.lora_alpha",
+    "HP_PEFT_DROPOUT": "peft_overrides.lora_dropout",
+    "HP_INIT": "peft_overrides.init_lora_weights",
+    "HP_PISSA_FAST": "peft_overrides.pissa_fast",
+    "HP_USE_DORA": "peft_overrides.use_dora",
+    "HP_USE_RSLoRA": "peft_overrides.use_rslora",
+    "HP_PEFT_TYPE": "peft_overrides.peft_type",
+    "HP_LORAGA_BATCH_SIZE": "peft_overrides.loraga_batch_size",
+    "HP_LORAGA_STEPS": "peft_overrides.loraga_steps",
+    "HP_LORAGA_LAYERWISE": "peft_overrides.loraga_layerwise",
+    "HP_LORAGA_STABLE_C": "peft_overrides.loraga_stable_c",
+    "HP_WARMUP_IT": "peft_overrides.num_warmup_it",
+    "HP_TRAIN_RATIO": "peft_overrides.train_ratio",
+    "HP_FREEZE_RATIO": "peft_overrides.freeze_ratio",
+    "HP_ZERO_RATIO": "peft_overrides.zero_ratio",
+}
+"""Variable -> config key. An empty variable counts as not set."""
+
+
+def load_config(
+    path: str | Path,
+    cli_overrides: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[RunConfig, Provenance]:
+    """Reads a run config and lays `key=value` texts and HP_* variables over it.
+
+    `environment` is usually `os.environ`; None: no variables. A `.json` file with `peft_type` is
+    a PEFT config, used in the default Mamba run. Raises InputError with one line per problem.
+    """
+    path = Path(path)
+    document = read_document(path)
+    if path.suffix.lower() == ".json" and "peft_type" in document.values:
+        document = Document("default Mamba run", {**MAMBA_RUN, "peft": str(path)}, {})
+    values: dict[Any, Any] = _json_keys_to_numbers(document.values)
+    provenance: Provenance = {str(key): document.where((key,)) for key in values}
+    environment = environment or {}
+
+    if root := environment.get("SSM_TRAIN_OUTPUT"):
+        if "output_root" not in values:
+            provenance["output_root"] = "SSM_TRAIN_OUTPUT"
+        values.setdefault("output_root", root)
+    for key, text in (cli_overrides or {}).items():
+        _set(values, key, text)
+        provenance[key] = "command line"
+    for variable, key in ENVIRONMENT.items():
+        if text := environment.get(variable, "").strip():
+            text = f"glue-tvt_{text}" if variable == "HP_DATA" and text in GLUE_TASKS else text
+            _set(values, key, text)
+            provenance[key] = variable
+
+    problems = list(_misspelt_variables(environment))
+    if values.get("name") is None:
+        values["name"] = path.stem
+    try:
+        cfg = RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems += _explain(error, document, provenance)
+        raise InputError("\n".join(problems)) from None
+    problems += [
+        f"{provenance.get(key, document.source)}: {problem}" for key, problem in contradictions(cfg)
+    ]
+    if problems:
+        raise InputError("\n".join(problems))
+    for key in RunConfig.model_fields:
+        provenance.setdefault(key, "default")
+    return cfg, provenance
+
+
+def contradictions(cfg: RunConfig) -> Iterator[tuple[str, str]]:
+    """Keys that are right alone and wrong together: (the key to blame, what to do)."""
+    if cfg.model is None and cfg.new_model is None:
+        yield "model", "neither model nor new_model is given; give one of them"
+    if cfg.model is not None and cfg.new_model is not None:
+        yield "new_model", "model and new_model are both given; keep one of them"
+    if cfg.new_model is not None and not isinstance(cfg.new_model.get("model_type"), str):
+        yield "new_model", "new_model needs a model_type, such as `model_type: gla` or `mamba`"
+    if cfg.model and cfg.model.endswith((".yaml", ".yml")) and not Path(cfg.model).is_file():
+        yield "model", f"model is {cfg.model!r}, a run config that does not exist"
+    if isinstance(cfg.tokenizer, dict) and cfg.tokenizer.get("type") not in ("word", "bpe"):
+        yield "tokenizer", "a tokenizer mapping needs `type: word` or `type: bpe`"
+    if isinstance(cfg.peft, dict) and not isinstance(cfg.peft.get("peft_type"), str):
+        yield "peft", "a peft mapping needs a peft_type, such as `peft_type: LORA`"
+    if cfg.peft is None and (given := cfg.peft_overrides.given()):
+        keys = ", ".join(given)
+        yield (
+            f"peft_overrides.{next(iter(given))}",
+            f"{keys} given for a run without peft; unset it, or set peft",
+        )
+    if cfg.resume and cfg.overwrite:
+        yield "overwrite", "resume and overwrite are both set; choose one"
+    yield from _dead_settings(cfg)
+    for tracker in cfg.trackers:
+        if tracker not in TRACKERS:
+            hint = near(tracker, TRACKERS)
+            yield "trackers", f"unknown tracker {tracker!r}; known: {', '.join(TRACKERS)}{hint}"
+    if not re.fullmatch(NAME, cfg.name or ""):
+        yield (
+            "name",
+            f"run name {cfg.name!r} is not a directory name: use letters, digits, `.`, `_`, `-` "
+            "(at most 128, not starting with a dot), or set name=...",
+        )
+
+
+def _dead_settings(cfg: RunConfig) -> Iterator[tuple[str, str]]:
+    """Settings that would silently do nothing."""
+    default = {key: field.default for key, field in RunConfig.model_fields.items()}
+    if cfg.packing and cfg.batch_size != default["batch_size"]:
+        yield (
+            "batch_size",
+            f"batch_size {cfg.batch_size} has no effect with packing: set tokens_per_batch instead",
+        )
+    if not cfg.packing and cfg.tokens_per_batch != default["tokens_per_batch"]:
+        yield "tokens_per_batch", "tokens_per_batch has no effect without `packing: true`"
+    if cfg.packing and cfg.max_length and cfg.max_length > cfg.tokens_per_batch:
+        yield (
+            "max_length",
+            f"max_length {cfg.max_length} does not fit into tokens_per_batch "
+            f"{cfg.tokens_per_batch}; raise tokens_per_batch",
+        )
+    if cfg.lr_scheduler_type == "constant" and (cfg.warmup_steps or cfg.warmup_ratio):
+        yield (
+            "lr_scheduler_type",
+            "lr_scheduler_type 'constant' has no warm-up; use constant_with_warmup",
+        )
+    if cfg.max_steps and cfg.warmup_steps > cfg.max_steps:
+        yield (
+            "warmup_steps",
+            f"warmup_steps {cfg.warmup_steps} is more than max_steps {cfg.max_steps}",
+        )
+    for key in ("metric_for_best", "min_eval_metric_after_epoch", "eval_gen"):
+        if cfg.skip_eval and getattr(cfg, key):
+            yield key, f"{key} has no effect with skip_eval; remove one of them"
+
+
+NAME = r"(?!\.)[A-Za-z0-9._-]{1,128}"
+
+
+def run_directory(cfg: RunConfig, cfg_path: str | Path | None = None) -> Path:
+    """`<output root>/<data>_seed<seed>/<name>`; creates nothing.
+
+    A path given as data counts by its stem, a hub name by its last part. Raises InputError when
+    a symbolic link would lead out of the output root.
+    """
+    name = cfg.name or Path(cfg_path or "run").stem
+    data = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(cfg.data).stem).lstrip(".")[:100]
+    root = Path(cfg.output_root)
+    directory = root / f"{data}_seed{cfg.seed}" / name
+    if not directory.resolve().is_relative_to(root.resolve()):
+        raise InputError(
+            f"run directory {directory} leads to {directory.resolve()}, outside output_root {root}"
+        )
+    return directory
+
+
+def dump_yaml(cfg: RunConfig) -> str:
+    """The resolved config as YAML that `--cfg` takes again.
+
+    Without `resume` and `overwrite`: they say how one launch began, and a config in a run
+    directory that removes that directory would be a trap.
+    """
+    values = cfg.model_dump(exclude={"resume", "overwrite"})
+    values["peft_overrides"] = cfg.peft_overrides.given()
+    return dump(values)
+
+
+def describe_overrides(cfg: RunConfig, provenance: Mapping[str, str]) -> list[str]:
+    """One line per value that did not come from a default: `key = value  (where from)`."""
+    lines = []
+    for key, source in provenance.items():
+        if source == "default":
+            continue
+        value: Any = cfg
+        for part in key.split("."):
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
+        shown = value if isinstance(value, str) else json.dumps(value, default=str)
+        lines.append(f"{key} = {shown}  ({source})")
+    return lines
+
+
+def _field(key: str) -> FieldInfo | None:
+    """The schema's field of a dotted key, when it has one."""
+    head, _, rest = key.partition(".")
+    if head == "peft_overrides" and rest:
+        return PeftOverrides.model_fields.get(rest)
+    return RunConfig.model_fields.get(head) if not rest else None
+
+
+def _set(values: dict[Any, Any], key: str, text: str) -> None:
+    """Puts the value that `text` stands for at the dotted `key`."""
+    *parents, last = key.split(".")
+    for part in parents:
+        inner = values.get(part)
+        values[part] = values = dict(inner) if isinstance(inner, dict) else {}
+    values[last] = _from_text(text, _field(key))
+
+
+def _from_text(text: str, field: FieldInfo | None) -> Any:
+    """A command-line or environment text as a value: numbers and mappings as in YAML; yes, no,
+    1, 0 for switches; the text itself where the field takes text."""
+    accepts = str(field.annotation) if field else ""
+    words = {"1": True, "yes": True, "on": True, "0": False, "no": False, "off": False}
+    if "bool" in accepts and text.lower() in words:
+        return words[text.lower()]
+    value = parse_value(text)
+    if ("str" in accepts or "Literal" in accepts) and isinstance(value, int | float):
+        return value if isinstance(value, bool) and "bool" in accepts else text
+    return value
+
+
+def _json_keys_to_numbers(values: dict[Any, Any]) -> dict[Any, Any]:
+    """JSON has no number keys: `{"3": 0.5}` means epoch 3."""
+    epochs = values.get("min_eval_metric_after_epoch")
+    if not isinstance(epochs, dict):
+        return dict(values)
+    numbers = {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in epochs.items()}
+    return {**values, "min_eval_metric_after_epoch": numbers}
+
+
+def _misspelt_variables(environment: Mapping[str, str]) -> Iterator[str]:
+    for variable in sorted(set(environment) - set(ENVIRONMENT)):
+        if variable.startswith("HP_") and (
+            close := get_close_matches(variable, ENVIRONMENT, n=1, cutoff=0.8)
+        ):
+            yield f"unknown variable {variable}; did you mean {close[0]}? (unset it otherwise)"
+
+
+def _explain(error: ValidationError, document: Document, provenance: Provenance) -> list[str]:
+    """Schema violations as lines: where, which key, its value, what was expected."""
+    problems: dict[str, None] = {}
+    for item in error.errors():
+        path: KeyPath = item["loc"]
+        problems[_explain_one(path, item["type"], item["input"], document, provenance)] = None
+    return list(problems)
+
+
+def _explain_one(
+    path: KeyPath, kind: str, value: Any, document: Document, provenance: Provenance
+) -> str:
+    head = str(path[0])
+    nested = path[0] == "peft_overrides" and len(path) > 1
+    key = f"{head}.{path[1]}" if nested else head
+    where = provenance.get(key) or provenance.get(head) or document.source
+    if where == document.where((path[0],)):
+        where = document.where(path[:2])
+    schema: type[Settings] = PeftOverrides if nested else RunConfig
+    if kind == "extra_forbidden":
+        known = list(schema.model_fields)
+        hint = near(str(path[-1]), known) or "; see `ssm-train train --help`"
+        return f"{where}: unknown key {key!r}{hint}"
+    field = schema.model_fields[str(path[-1]) if nested else head]
+    if kind == "missing":
+        return f"{where}: {key} is missing; it is required: {field.description}"
+    return f"{where}: {key} is {_short(value)}; expected {_expected(field)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+EXPECTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "dict[str, Any]": "a mapping",
+    "dict[int, float]": "a mapping of epoch -> number",
+    "list[str]": "a list of names",
+    "NoneType": "null",
+    "None": "null",
+    "PeftOverrides": "a mapping",
+}
+
+
+def _expected(field: FieldInfo) -> str:
+    """In words what a field takes: its type, its bounds, and null when allowed."""
+    bounds = []
+    for rule in field.metadata:
+        for attribute, words in (
+            ("ge", "at least"),
+            ("gt", "more than"),
+            ("le", "at most"),
+            ("lt", "less than"),
+        ):
+            if (limit := getattr(rule, attribute, None)) is not None:
+                bounds.append(f"{words} {limit:g}")
+        if getattr(rule, "pattern", None):
+            return str(field.description)
+    annotation = field.annotation
+    options = getattr(annotation, "__args__", None)
+    shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    if shown.startswith("typing.Literal"):
+        return " or ".join(repr(option) for option in options or ())
+    parts = [part.strip() for part in shown.replace("typing.", "").split("|")]
+    words_ = [EXPECTED[part] for part in parts]
+    words_[0] = " ".join([words_[0], " and ".join(bounds)]).strip()
+    return " or ".join(words_)
