@@ -1,0 +1,166 @@
+"""What the model families share: modules that LoRA reaches, precision of storage, the LM's surface.
+
+How checkpoints, tokenizers and configurations are read is in `loading.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_train.adapters.base import Batch, LossSum
+from ssm_train.kernels.causal_conv1d import causal_conv1d
+from ssm_train.loss import sum_cross_entropy
+
+
+def retype(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -> int:
+    """Gives every module whose exact type is in `table` the type it maps to; returns how many.
+
+    Weights, names and hooks stay; only the methods are ours. The new types subclass the old ones
+    and add no state of their own.
+    """
+    count = 0
+    for module in model.modules():
+        if new_type := table.get(type(module)):
+            module.__class__ = new_type
+            count += 1
+    return count
+
+
+class Fp32BiasLinear(nn.Linear):
+    """A linear layer whose bias is added in fp32 and whose output is fp32 (or fp64).
+
+    For the projections before a softplus or a logsigmoid. All of it happens in the layer's own
+    forward, so that LoRA wraps it and sharding engines gather the weights.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        return y if self.bias is None else y + self.bias
+
+
+class CausalConv1d(nn.Conv1d):
+    """A depthwise causal convolution over time-major input; its weight is read only in here."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        window: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        activation: str | None = None,
+        output_final_window: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, d] -> ([B, T, d], the last W - 1 inputs [N, d, W - 1] or None).
+
+        `window` [N, d, W - 1]: the inputs before the first one, zeros by default.
+        """
+        return causal_conv1d(
+            x,
+            self.weight.squeeze(1),
+            self.bias,
+            activation=activation,
+            initial_window=window,
+            output_final_window=output_final_window,
+            cu_seqlens=cu_seqlens,
+        )
+
+
+def matches(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a dotted name ends with one of the suffixes, as whole name parts."""
+    return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
+
+
+def cast_storage(model: nn.Module, dtype: torch.dtype, keep_fp32: tuple[str, ...]) -> None:
+    """Stores all parameters in `dtype`, those named by `keep_fp32` in fp32."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if matches(name, keep_fp32) else dtype)
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Recomputes each layer in the backward pass. Non-reentrant: frozen inputs need no gradient."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def head_outputs(
+    lm: Any,
+    hidden: Tensor,
+    *,
+    target_positions: Tensor | None = None,
+    targets: Tensor | None = None,
+    labels: Tensor | None = None,
+    logits_to_keep: int | Tensor = 0,
+    **loss_kwargs: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The end of every family's CausalLM forward: hidden [B, T, H] -> (loss, logits fp32).
+
+    * `target_positions` [S] (indices into B * T) and `targets` [S]: the loss summed over the
+      targets, and no logits;
+    * `target_positions` alone: logits [S, V];
+    * `labels` [B, T]: Hugging Face's meaning, shifted inside, mean over labels that are not -100;
+    * else the logits of the last `logits_to_keep` positions, or of all.
+    """
+    if target_positions is not None:
+        logits = target_logits(hidden, lm.lm_head, target_positions)
+        return (None, logits) if targets is None else (sum_cross_entropy(logits, targets), None)
+    if labels is None and isinstance(logits_to_keep, int):
+        hidden = hidden[:, -logits_to_keep:]  # 0 keeps all
+    elif labels is None:
+        hidden = hidden[:, logits_to_keep]
+    logits = lm.lm_head(hidden.to(lm.lm_head.weight.dtype)).float()
+    if labels is None:
+        return None, logits
+    loss = lm.loss_function(
+        logits=logits, labels=labels, vocab_size=lm.config.vocab_size, **loss_kwargs
+    )
+    return loss, logits
+
+
+def target_logits(hidden: Tensor, lm_head: nn.Module, positions: Tensor) -> Tensor:
+    """Logits [S, V] fp32 at flat `positions` [S] of hidden [B, T, H], and nowhere else."""
+    chosen = hidden.flatten(0, 1)[positions]
+    return lm_head(chosen.to(lm_head.weight.dtype)).float()  # type: ignore[arg-type]
+
+
+def batch_inputs(batch: Batch) -> dict[str, Tensor]:
+    """The tensors that say what a batch's rows are: documents in one row, or padded rows."""
+    inputs = {"input_ids": batch.input_ids}
+    if batch.cu_seqlens is not None:
+        inputs["cu_seqlens"] = batch.cu_seqlens
+    elif batch.attention_mask is not None:
+        inputs["attention_mask"] = batch.attention_mask
+    return inputs
+
+
+def token_losses(model: nn.Module, batch: Batch) -> LossSum:
+    """Cross entropy over the batch's targets; one call of the (perhaps wrapped) model."""
+    output = model(
+        **batch_inputs(batch),
+        target_positions=batch.target_positions,
+        targets=batch.targets,
+        use_cache=False,
+    )
+    return LossSum(output.loss, batch.num_targets)
+
+
+def token_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits at the batch's target positions, [S, V] fp32."""
+    output = model(**batch_inputs(batch), target_positions=batch.target_positions, use_cache=False)
+    return output.logits
+
+
+def check_fp32(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Asserts that these parameters are stored in fp32 (or fp64): in bf16, small steps are lost.
+
+    Mixers call it in their first forward, after every engine has had its way with the model.
+    """
+    for name in names:
+        owner: Any = module
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        if isinstance(owner, Tensor) and owner.dtype not in (torch.float32, torch.float64):
+            raise AssertionError(f"{name} of {type(module).__name__} is {owner.dtype}, not fp32")
