@@ -1,0 +1,112 @@
+"""The run directory: who may use it, and the record of how a run was made.
+
+`cfg.yaml` (the resolved config) marks a directory as ours; only such a directory is ever removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ssm_train.errors import InputError
+
+MARKER = "cfg.yaml"
+PACKAGES = (
+    "ssm_train torch triton transformers peft accelerate datasets safetensors tokenizers numpy "
+    "flash-linear-attention mamba-ssm causal-conv1d deepspeed liger-kernel"
+).split()
+# Environment variables that change a run. Nothing else of the environment is ever written down.
+RECORDED_VARIABLES = (
+    "ACCELERATE_USE_CPU CUDA_VISIBLE_DEVICES HF_HUB_OFFLINE LOCAL_RANK NUM_DATA_WORKERS "
+    "GRADIENT_CHECKPOINTING LOGITS_TO_KEEP LR_SCHEDULER_TYPE LR_WARMUP_STEPS LR_WARMUP_RATIO "
+    "OMP_NUM_THREADS RANK SLURM_JOB_ID SLURM_NNODES SSM_TRAIN_DATA SSM_TRAIN_OUTPUT WORLD_SIZE"
+).split()
+
+
+def check_run_directory(run_dir: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuses a directory that is in use or not ours, before anything is loaded or written."""
+    if overwrite and resume:
+        raise InputError("overwrite and resume exclude each other; choose one")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"run directory {run_dir} is a file; move it or set output_root")
+    if resume and not (run_dir / MARKER).exists():
+        raise InputError(
+            f"--resume: {run_dir} holds no run ({MARKER} is missing); start it without --resume"
+        )
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        if not (run_dir / MARKER).exists():
+            raise InputError(
+                f"run directory {run_dir} holds files but no run ({MARKER} is missing); "
+                "move them or set output_root"
+            )
+        if not (overwrite or resume):
+            raise InputError(
+                f"run directory {run_dir} already holds a run; "
+                "use --resume to go on, --overwrite to start again, or set output_root"
+            )
+    existing = next(p for p in (run_dir, *run_dir.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"cannot write to {existing}, where {run_dir} would be; set output_root")
+
+
+def create_run_directory(run_dir: Path, config_yaml: str, *, overwrite: bool) -> None:
+    """Rank 0. Makes the directory with its marker; with `overwrite` an old run is removed first."""
+    if overwrite and (run_dir / MARKER).exists():
+        if run_dir.is_symlink():
+            raise InputError(
+                f"run directory {run_dir} is a symbolic link; --overwrite removes none"
+            )
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / MARKER).write_text(config_yaml, encoding="utf-8")
+    (run_dir / "environment.json").write_text(
+        json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, hardware, source revision and command of this process."""
+    import torch
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    recorded = {k for k in os.environ if k in RECORDED_VARIABLES or k.startswith("HP_")}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "packages": {package: version(package) for package in PACKAGES},
+        "git": describe_source(),
+        "command": sys.argv,
+        "environment": {k: os.environ[k] for k in sorted(recorded)},
+    }
+
+
+def describe_source() -> dict[str, Any] | None:
+    """Commit of the package's own checkout and whether it was changed; None outside git."""
+    package = Path(__file__).parent
+    git = ["git", "-C", str(package)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "."], capture_output=True, text=True
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    if commit.returncode:
+        return None
+    return {"commit": commit.stdout.strip(), "changed": bool(status.stdout.strip())}
