@@ -19,42 +19,17 @@ from ssm_train.errors import InputError
 
 MARKER = "cfg.yaml"
 PACKAGES = [
-    "ssm_train",
-    "torch",
-    "triton",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "flash-linear-attention",
-    "mamba-ssm",
-    "causal-conv1d",
-    "deepspeed",
-    "liger-kernel",
-]
+    "ssm_train", "torch", "triton", "transformers", "peft", "accelerate", "datasets",
+    "safetensors", "tokenizers", "numpy", "flash-linear-attention", "mamba-ssm", "causal-conv1d",
+    "deepspeed", "liger-kernel",
+]  # fmt: skip
 # Environment variables that change a run. Nothing else of the environment is ever written down.
 RECORDED_VARIABLES = [
-    "ACCELERATE_USE_CPU",
-    "CUDA_VISIBLE_DEVICES",
-    "HF_HUB_OFFLINE",
-    "LOCAL_RANK",
-    "NUM_DATA_WORKERS",
-    "GRADIENT_CHECKPOINTING",
-    "LOGITS_TO_KEEP",
-    "LR_SCHEDULER_TYPE",
-    "LR_WARMUP_STEPS",
-    "LR_WARMUP_RATIO",
-    "OMP_NUM_THREADS",
-    "RANK",
-    "SLURM_JOB_ID",
-    "SLURM_NNODES",
-    "SSM_TRAIN_DATA",
-    "SSM_TRAIN_OUTPUT",
-    "WORLD_SIZE",
-]
+    "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "LOCAL_RANK",
+    "NUM_DATA_WORKERS", "GRADIENT_CHECKPOINTING", "LOGITS_TO_KEEP", "LR_SCHEDULER_TYPE",
+    "LR_WARMUP_STEPS", "LR_WARMUP_RATIO", "OMP_NUM_THREADS", "RANK", "SLURM_JOB_ID",
+    "SLURM_NNODES", "SSM_TRAIN_DATA", "SSM_TRAIN_OUTPUT", "WORLD_SIZE",
+]  # fmt: skip
 
 
 def check_run_directory(run_dir: Path, *, overwrite: bool, resume: bool) -> None:
