@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
 from pydantic import Field
 
+from ssm_train.errors import InputError
 from ssm_train.settings import Settings
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab")
+"""Trackers that `trackers:` may name; each is a package of the same name."""
+
+Row = Mapping[str, Any]
 
 
 class MetricsSettings(Settings):
@@ -14,5 +30,212 @@ class MetricsSettings(Settings):
     """Of tensorboard, wandb, trackio, swanlab."""
 
 
-TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab")
-"""Trackers that `trackers:` may name; each is a package of the same name."""
+class TokenRate:
+    """The one definition of tokens/s: real tokens (no padding) of all processes per second of
+    wall time, evaluation and saving left out."""
+
+    def __init__(self, tokens: int = 0) -> None:
+        """`tokens`: seen before this process began, after a resume."""
+        self.tokens = tokens
+
+    def read(self, tokens: int, seconds: float) -> float:
+        """Rate since the last reading, from the total of tokens and the seconds since then."""
+        new, self.tokens = tokens - self.tokens, tokens
+        return new / seconds if seconds > 0 else 0.0
+
+
+def peak_memory_gib() -> float:
+    """Most memory held so far, GiB: tensors on the GPU, or the resident process on a CPU."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl`, one JSON object a line, each flushed; rank 0 only.
+
+    A row has `split` (train, val, test), `step` and numbers; what is not finite becomes null.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        """Starts an empty file; with `resume_step` keeps the rows up to that step."""
+        self.path = path
+        kept = []
+        if resume_step is not None and path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, split: str, row: Row) -> None:
+        assert "step" in row, row
+        self._file.write(_line({"split": split, **row}))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _line(row: Row) -> str:
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl`. A torn last line (the process was killed) is left out; any other
+    line that is not a row raises InputError."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give the directory of a run")
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")
+    torn = lines.pop()  # "" after a complete line
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not a metrics row: {error.msg}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise InputError(f"{path}:{number}: not a metrics row: no step")
+        rows.append(row)
+    if torn:
+        try:
+            rows.append(json.loads(torn))
+        except json.JSONDecodeError:
+            return rows
+    return rows
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises InputError with the install line for a tracker that is not installed."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"trackers: {', '.join(missing)} not installed; pip install {' '.join(missing)}"
+        )
+
+
+class Trackers:
+    """Accelerate's trackers, fed with the rows of `metrics.jsonl`; rank 0 only."""
+
+    def __init__(
+        self, names: Sequence[str], run_dir: Path, run_name: str, config: Mapping[str, Any]
+    ) -> None:
+        """Starts them. TensorBoard and wandb write below `run_dir`."""
+        check_trackers(names)
+        self.trackers: list[Any] = []
+        if not names:
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        options: dict[str, dict[str, Any]] = {
+            "tensorboard": {"run_name": run_name, "logging_dir": run_dir / "tensorboard"},
+            "wandb": {"run_name": "ssm_train", "name": run_name, "dir": str(run_dir)},
+            "trackio": {"run_name": "ssm_train", "name": run_name},
+            "swanlab": {"run_name": "ssm_train", "experiment_name": run_name},
+        }
+        flat = {k: v if isinstance(v, int | float) else str(v) for k, v in config.items()}
+        for name in names:
+            tracker = LOGGER_TYPE_TO_CLASS[name](**options[name])
+            tracker.start()
+            tracker.store_init_configuration(flat)
+            self.trackers.append(tracker)
+
+    def write(self, split: str, row: Row) -> None:
+        """Values named `train/loss`, `val/accuracy`, ... at the row's step."""
+        step = int(row["step"])
+        values = {
+            f"{split}/{key}": float(value)
+            for key, value in row.items()
+            if key != "step" and isinstance(value, int | float)
+        }
+        for tracker in self.trackers:
+            tracker.log(values, step=step)
+
+    def finish(self) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+class Progress:
+    """One bar on a terminal, plain lines elsewhere, nothing on ranks other than 0."""
+
+    def __init__(self, total_steps: int, step: int = 0, main: bool = True) -> None:
+        """`step`: optimizer steps already done; `main`: this process prints."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self.total_steps = total_steps
+        self.main = main
+        self.console = Console(highlight=False, quiet=not main, soft_wrap=True)
+        self._bar = Bar(
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=self.console,
+            disable=not main or not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=step, line="")
+        self._last_step = step
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, row: Row) -> None:
+        """A training row: step, loss, learning_rate, tokens_per_second, memory_gib, seconds."""
+        step = int(row["step"])
+        seconds_a_step = row["seconds"] / max(1, step - self._last_step)
+        left = clock((self.total_steps - step) * seconds_a_step)
+        self._last_step = step
+        line = (
+            f"loss {row['loss']:.4f}  lr {row['learning_rate']:.1e}  "
+            f"{short_number(row['tokens_per_second'])} tokens/s  "
+            f"{row['memory_gib']:.1f} GiB  {left} left"
+        )
+        self._bar.update(self._task, completed=step, line=line)
+        if self._bar.disable:
+            self.say(f"step {step}/{self.total_steps}  {line}")
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self.console.print(text, markup=False)
+
+
+def clock(seconds: float) -> str:
+    """`4:05`, or `1:04:05` from an hour on."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def short_number(value: float) -> str:
+    """`812`, `12.3k`, `4.56M`: three digits."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
