@@ -1,0 +1,386 @@
+"""Gated Linear Attention (GLA, arXiv 2312.06635): fla's weights and names, our forwards.
+
+fla's Triton kernels run on a GPU, plain PyTorch elsewhere; nothing reads a weight past its module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fla.layers import gla as fla_layer
+from fla.layers.utils import get_layer_cache, update_layer_cache
+from fla.models import gla as fla_model
+from fla.modules import FusedRMSNormGated as FlaFusedRMSNormGated
+from fla.modules import GatedMLP as FlaGatedMLP
+from fla.modules import RMSNorm as FlaRMSNorm
+from fla.modules import ShortConvolution as FlaShortConvolution
+from fla.modules.activations import ACT2FN, swiglu
+from fla.ops.gla import chunk_gla, fused_recurrent_gla
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ssm_train.adapters import common, loading
+from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
+from ssm_train.errors import InputError
+from ssm_train.kernels.causal_conv1d import causal_conv1d
+from ssm_train.kernels.gla import gla
+
+TRAITS = Traits(
+    lora_targets=(
+        *(f"attn.{name}_proj" for name in "qkvgo"),
+        "gk_proj.0",
+        "gk_proj.1",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ),
+    raw_weight_reads=("down_proj",),  # stock fla: swiglu_linear(gate, up, down_proj.weight)
+    keep_fp32=("gk_proj.1.bias",),
+    no_decay=("gk_proj.1.bias", "attn_norm.weight", "mlp_norm.weight", "norm.weight")
+    + ("g_norm.weight", "g_norm_swish_gate.weight"),
+    supports=frozenset({"packing", "cached_decode", "grad_ckpt"}),
+)
+
+# fla keeps an activation as a function (Triton or torch.compile); these are the same in PyTorch.
+ACTIVATIONS: dict[Callable[..., Tensor], Callable[[Tensor], Tensor]] = {
+    ACT2FN["relu"]: F.relu,
+    ACT2FN["sigmoid"]: torch.sigmoid,
+    ACT2FN["logsigmoid"]: F.logsigmoid,
+    ACT2FN["swish"]: F.silu,
+    ACT2FN["sqrelu"]: lambda x: F.relu(x).square(),
+    ACT2FN["gelu"]: lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def uses_triton(module: nn.Module, x: Tensor) -> bool:
+    """fla's kernels for tensors on a GPU, unless the model was told to use the reference."""
+    return x.is_cuda and module.kernels != "reference"
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm in fp32, fp32 out: x [..., D], weight [D]."""
+    return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps)
+
+
+class RMSNorm(FlaRMSNorm):
+    kernels: KernelChoice = "auto"
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Norm of `x + residual`; with `prenorm` also that sum, in the residual's dtype."""
+        if uses_triton(self, x):
+            return super().forward(x, residual, prenorm)
+        total = x if residual is None else x.float() + residual.float()
+        y = rms_norm(total, self.weight, self.eps).to(x.dtype)
+        return (y, total if residual is None else total.to(residual.dtype)) if prenorm else y
+
+
+class FusedRMSNormGated(FlaFusedRMSNormGated):
+    kernels: KernelChoice = "auto"
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        """Norm of `x` times silu(g): both [..., D]."""
+        if uses_triton(self, x):
+            return super().forward(x, g)
+        assert self.activation in ("swish", "silu"), self.activation
+        return (rms_norm(x, self.weight, self.eps) * F.silu(g.float())).to(x.dtype)
+
+
+class ShortConvolution(FlaShortConvolution):
+    kernels: KernelChoice = "auto"
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        cache: Tensor | None = None,  # [N, D, W]: the last W inputs
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if uses_triton(self, x):
+            return super().forward(
+                x, cache=cache, output_final_state=output_final_state, cu_seqlens=cu_seqlens
+            )
+        y, window = causal_conv1d(
+            x,
+            self.weight.squeeze(1),
+            self.bias,
+            activation=None if self.activation is None else "silu",
+            initial_window=None if cache is None else cache[..., 1:],
+            output_final_window=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+        # fla's layout has one input more than the next step needs: the oldest, which nobody reads.
+        return y, None if window is None else F.pad(window, (1, 0))
+
+
+class GatedMLP(FlaGatedMLP):
+    kernels: KernelChoice = "auto"
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        """SwiGLU through the down_proj module, whose LoRA stock fla's fused form would miss."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up) if uses_triton(self, x) else F.silu(gate) * up)
+
+
+class GatedLinearAttention(fla_layer.GatedLinearAttention):
+    kernels: KernelChoice = "auto"
+    dtype_checked = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B, T, D]
+        attention_mask: Tensor | None = None,  # [B, >= T], 0 on padding; its last T columns count
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        cu_seqlens: Tensor | None = None,  # [N + 1], packed documents, B == 1
+        **_: Any,
+    ) -> tuple[Tensor, None, Any]:
+        if not self.dtype_checked:
+            check_gate_bias(self)
+            self.dtype_checked = True
+        use_cache = bool(use_cache)
+        real = None  # [B, T, 1]
+        if attention_mask is not None and cu_seqlens is None:
+            real = attention_mask[:, -hidden_states.shape[1] :, None].bool()
+        cached = get_layer_cache(self, past_key_values) or {}
+
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        windows = None
+        if self.use_short_conv:
+            (q, k, v), windows = self._convolve(
+                (q, k, v), real, cached.get("conv_state"), use_cache, cu_seqlens
+            )
+        q = self._heads(q, self.head_k_dim)  # [B, T, H, K]
+        k = self._heads(k, self.head_k_dim).repeat_interleave(self.num_kv_groups, dim=2)
+        v = self._heads(v, self.head_v_dim).repeat_interleave(self.num_kv_groups, dim=2)
+        if self.feature_map_fn is not None:
+            feature_map = ACTIVATIONS[self.feature_map_fn]
+            q, k = feature_map(q), feature_map(k)
+        g = self._log_decay(hidden_states)  # [B, T, H, K] fp32
+        if real is not None:  # the state passes through padding unchanged
+            k = k.masked_fill(~real[..., None], 0)
+            g = g.masked_fill(~real[..., None], 0)
+
+        o, state = self._recur(q, k, v, g, cached.get("recurrent_state"), use_cache, cu_seqlens)
+        update_layer_cache(
+            self,
+            past_key_values,
+            recurrent_state=state,
+            conv_state=windows,
+            offset=hidden_states.shape[1],
+        )
+        return self.o_proj(self._gate_output(o, hidden_states)), None, past_key_values
+
+    def _recur(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        state: Tensor | None,  # [N, H, K, V] fp32
+        output_final_state: bool,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        options: dict[str, Any] = {
+            "initial_state": state,
+            "output_final_state": output_final_state,
+            "cu_seqlens": cu_seqlens,
+        }
+        if not uses_triton(self, q):
+            return gla(q, k, v, g, **options)
+        if q.shape[1] == 1:
+            return fused_recurrent_gla(q, k, v, g, **options)
+        return chunk_gla(q, k, v, g, **options)
+
+    def _log_decay(self, hidden_states: Tensor) -> Tensor:
+        """Per key channel, <= 0, in fp32: near 0 a bf16 gate would forget the long memory."""
+        g = F.logsigmoid(self.gk_proj(hidden_states).float()) / self.gate_logit_normalizer
+        if self.clamp_min is not None:
+            g = g.clamp_min(self.clamp_min)
+        return self._heads(g, self.head_k_dim).repeat_interleave(self.num_kv_groups, dim=2)
+
+    def _gate_output(self, o: Tensor, hidden_states: Tensor) -> Tensor:  # o [B, T, H, V]
+        if not self.use_output_gate:
+            return self.g_norm(o).flatten(-2)
+        gate = self.g_proj(hidden_states)
+        if self.fuse_norm_and_gate:
+            return self.g_norm_swish_gate(o, self._heads(gate, self.head_v_dim)).flatten(-2)
+        return self.g_norm(o).flatten(-2) * ACTIVATIONS[self.gate_fn](gate)
+
+    def _convolve(
+        self,
+        inputs: tuple[Tensor, ...],
+        real: Tensor | None,
+        windows: tuple[Tensor, ...] | None,
+        use_cache: bool,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        if real is not None:
+            inputs = tuple(x.masked_fill(~real, 0) for x in inputs)
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        outputs, new_windows = zip(
+            *(
+                convolution(x, window, use_cache, cu_seqlens)
+                for convolution, x, window in zip(
+                    convolutions, inputs, windows or (None,) * 3, strict=True
+                )
+            ),
+            strict=True,
+        )
+        return outputs, new_windows if use_cache else None
+
+    @staticmethod
+    def _heads(x: Tensor, size: int) -> Tensor:
+        return x.unflatten(-1, (-1, size))  # [B, T, H * size] -> [B, T, H, size]
+
+
+def check_gate_bias(mixer: GatedLinearAttention) -> None:
+    """Asserts an fp32 gate bias, whatever PEFT has wrapped around it."""
+    for name, parameter in mixer.gk_proj.named_parameters():
+        assert not name.endswith("bias") or parameter.dtype in (torch.float32, torch.float64), (
+            f"gk_proj.{name} of layer {mixer.layer_idx} is {parameter.dtype}, not fp32"
+        )
+
+
+class GLAForCausalLM(fla_model.GLAForCausalLM):
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        target_positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """See `common.head_outputs` for what comes back."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        loss, logits = common.head_outputs(
+            self,
+            outputs.last_hidden_state,
+            target_positions=target_positions,
+            targets=targets,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+        )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    fla_model.GLAForCausalLM: GLAForCausalLM,
+    fla_layer.GatedLinearAttention: GatedLinearAttention,
+    FlaGatedMLP: GatedMLP,
+    FlaRMSNorm: RMSNorm,
+    FlaFusedRMSNormGated: FusedRMSNormGated,
+    FlaShortConvolution: ShortConvolution,
+}
+
+
+def adopt(model: Any, kernels: KernelChoice = "auto") -> GLAForCausalLM:
+    """Gives a stock fla model our forwards, in place; also under PEFT layers."""
+    refuse_what_is_not_covered(model.config)
+    common.retype(model, OURS)
+    for module in model.modules():
+        if isinstance(module, GatedLinearAttention):
+            gate = module.gk_proj[1]
+            common.retype(getattr(gate, "base_layer", gate), {nn.Linear: common.Fp32BiasLinear})
+        if type(module) in OURS.values() and not isinstance(module, GLAForCausalLM):
+            module.kernels = kernels
+    return model
+
+
+def refuse_what_is_not_covered(config: Any) -> None:
+    for name, meaning in (
+        ("attn", "softmax attention in some layers"),
+        ("attnres_block_size", "attention over residuals"),
+    ):
+        value = config.get(name) if isinstance(config, dict) else getattr(config, name)
+        if value is not None:
+            raise InputError(
+                f"GLA with {name}={value!r} ({meaning}) is not supported; use a checkpoint "
+                f"whose config.json has {name}: null"
+            )
+
+
+def choose_kernels(kernels: KernelChoice, device: str) -> dict[str, str]:
+    """op -> implementation, for the log. What runs follows the tensors (see `uses_triton`)."""
+    on_gpu = torch.device(device).type == "cuda"
+    if kernels == "triton" and not on_gpu:
+        raise InputError(
+            f"kernels: triton needs a GPU, but the device is {device!r}; use kernels: auto"
+        )
+    chosen = "triton (fla)" if on_gpu and kernels != "reference" else "reference"
+    return dict.fromkeys(("gla", "causal_conv1d", "rms_norm", "swiglu"), chosen)
+
+
+class GlaAdapter:
+    """fla's GLA checkpoints and new GLA models."""
+
+    name = "gla"
+    traits = TRAITS
+
+    def prepare(self, spec: ModelSpec) -> Prepared:
+        """See `adapters.base.ModelAdapter`. A checkpoint's own tokenizer wins over the spec's."""
+        kernels = choose_kernels(spec.kernels, spec.device)
+        if spec.model is not None and loading.has_tokenizer(spec.model, spec.revision):
+            spec = replace(spec, tokenizer=None)
+        tokenizer = loading.load_tokenizer(spec)
+        model = self.prepare_model(spec)
+        loading.align_tokenizer(model, tokenizer, spec.model or "the new model")
+        return Prepared(model, tokenizer, self.traits, kernels)
+
+    def prepare_model(self, spec: ModelSpec) -> GLAForCausalLM:
+        """The model alone: weights loaded or drawn, our forwards, storage dtypes."""
+        if spec.model is not None:
+            refuse_what_is_not_covered(loading.read_config(spec.model, spec.revision))
+            model = loading.load_weights(GLAForCausalLM, spec)
+        else:
+            model = make_model(spec)
+        adopt(model, spec.kernels)
+        common.cast_storage(model, spec.dtype, self.traits.keep_fp32)
+        if spec.gradient_checkpointing:
+            common.enable_gradient_checkpointing(model)
+        return model
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
+        return common.token_losses(model, batch)
+
+    def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return common.token_logits(model, batch)
+
+
+def make_model(spec: ModelSpec) -> GLAForCausalLM:
+    """A new model with random weights, from `spec.new_model`."""
+    assert spec.new_model is not None
+    values = {key: value for key, value in spec.new_model.items() if key != "model_type"}
+    config = loading.make_config(fla_model.GLAConfig, values)
+    refuse_what_is_not_covered(config)
+    try:
+        with spec.init_context():
+            return GLAForCausalLM(config)
+    except (AssertionError, KeyError, ValueError) as error:  # how fla refuses sizes and names
+        raise InputError(f"new_model: fla cannot build this GLA: {error}") from error
