@@ -1,0 +1,297 @@
+"""The command line: what each command takes, and what exit code says how it ended."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ssm_train.errors import InputError
+
+DONE, FAILED, BAD_INPUT, REQUEUE, INTERRUPTED = 0, 1, 2, 75, 130
+EXIT_CODES = {"finished": DONE, "low_metric": DONE, "stopped": REQUEUE, "bad_loss": FAILED}
+
+SWITCHES = {
+    "overwrite": "remove an earlier run of this name first",
+    "resume": "go on from the newest valid checkpoint",
+    "debug": "8 training examples, 2 evaluation examples, one epoch",
+    "lock": "own the run directory: a second process leaves",
+}
+VALUES = {
+    "model": "hub id, directory, or a run config whose result is the model",
+    "prec": "bf16, fp16 or fp32",
+    "device": "auto, cpu, cuda or cuda:1",
+}
+
+EPILOG = """exit codes:
+  0 done   1 failed   2 bad input   75 saved and wants to be started again   130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. Only our own errors keep a traceback."""
+    try:
+        arguments, rest = build_parser().parse_known_args(argv)
+        overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+        if unknown := [word for word in rest if word not in overrides]:
+            raise InputError(f"unknown argument {unknown[0]!r}; see `ssm-train --help`")
+        if overrides and arguments.command != "train":
+            raise InputError(f"{overrides[0]!r}: only `ssm-train train` takes key=value")
+        arguments.rest = overrides
+        return arguments.run(arguments)
+    except InputError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        who = f"error (rank {rank})" if rank else "error"
+        for line in str(error).splitlines():
+            print(f"{who}: {line}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line like any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    parser = Parser(
+        prog="ssm-train",
+        description="Fine-tune GLA, Mamba-1 and Mamba-2 language models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
+
+    def add(name: str, run: object, what: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=what[0].lower() + what[1:].partition(".")[0],
+            description=what,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    add_train_arguments(
+        add(
+            "train",
+            train,
+            "Train a run config. Writes checkpoints, metrics, a plot and the adapter\n"
+            "to <output_root>/<data>_seed<seed>/<config name>.",
+            "ssm-train train --cfg cfg/quickstart/gla_lora.yaml learning_rate=1e-3 seed=7",
+        )
+    )
+
+    evaluate_ = add(
+        "eval",
+        evaluate,
+        "Evaluate a run. Prints the loss and the task's metrics.",
+        "ssm-train eval output/benchmark/quickstart_seed42/gla_lora --split test",
+    )
+    add_run_arguments(evaluate_)
+    evaluate_.add_argument("--data", help="other data than the run's (name or path)")
+    evaluate_.add_argument("--split", help="train, val or test (default: the run's)")
+    evaluate_.add_argument("--json", action="store_true", help="print one JSON object")
+
+    generate_ = add(
+        "generate",
+        generate,
+        "Generate with a run's model. Prints one continuation per prompt.",
+        'ssm-train generate output/benchmark/quickstart_seed42/gla_lora --prompt "name : aromi"',
+    )
+    add_run_arguments(generate_)
+    generate_.add_argument("--prompt", action="append", default=[], help="repeat for several")
+    generate_.add_argument("--file", type=Path, help="a text file with one prompt a line")
+    generate_.add_argument(
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="default: 128"
+    )
+    generate_.add_argument(
+        "--num-beams", type=positive, default=1, metavar="N", help="default: 1, greedy"
+    )
+
+    merge_ = add(
+        "merge",
+        merge,
+        "Merge a run's adapter. Writes full weights that any transformers install loads.",
+        "ssm-train merge output/benchmark/quickstart_seed42/mamba_lora --out merged/",
+    )
+    add_run_arguments(merge_)
+    merge_.add_argument("--out", type=Path, required=True, help="directory for the weights")
+
+    plot_ = add(
+        "plot",
+        plot,
+        "Plot losses and metrics of runs. Draws all runs into one PNG.",
+        "ssm-train plot output/benchmark/quickstart_seed42/* --out compare.png",
+    )
+    plot_.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    plot_.add_argument(
+        "--out", type=Path, help="PNG file (default: metrics.png in the first RUN_DIR)"
+    )
+
+    doctor_ = add(
+        "doctor",
+        doctor,
+        "Show what this machine can run. Lists versions, devices, the kernel that each operation\n"
+        "will use, why not a faster one, and what to install.",
+        "ssm-train doctor --json",
+    )
+    doctor_.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cfg", type=Path, required=True, metavar="FILE", help="run config (.yaml or .json)"
+    )
+    for name, what in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=what)
+    for name, what in VALUES.items():
+        parser.add_argument(f"--{name}", metavar=name.upper(), help=what)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="any other key of the config; HP_* variables win over both",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="STEP", help="best (default), last or a step"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:1")
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def overrides_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Flags and `key=value` words of the train command as config texts."""
+    found = {name: "true" for name in SWITCHES if getattr(arguments, name)}
+    found |= {name: text for name in VALUES if (text := getattr(arguments, name)) is not None}
+    for word in [*arguments.overrides, *arguments.rest]:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise InputError(f"{word!r} is not key=value, such as learning_rate=1e-3")
+        if key in found:
+            raise InputError(f"{key} is given twice on the command line; keep one")
+        found[key] = text
+    return found
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from ssm_train.config import load_config
+
+    cfg, provenance = load_config(arguments.cfg, overrides_of(arguments), os.environ)
+
+    from ssm_train.train import run
+
+    return EXIT_CODES[run(cfg, provenance, arguments.cfg).outcome]
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    run_dir = existing(arguments.run_dir)
+
+    from ssm_train.train import evaluate_run
+
+    metrics = evaluate_run(
+        run_dir,
+        data=arguments.data,
+        split=arguments.split,
+        checkpoint=arguments.checkpoint,
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(json.dumps(metrics))
+        return DONE
+    for name, value in metrics.items():
+        print(f"{name:<20} {value:.4f}")
+    return DONE
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    prompts = [*arguments.prompt, *(prompts_in(arguments.file) if arguments.file else [])]
+    if not prompts:
+        raise InputError('no prompts; give --prompt "..." or --file prompts.txt')
+    run_dir = existing(arguments.run_dir)
+
+    from ssm_train.train import generate_from
+
+    for text in generate_from(
+        run_dir,
+        prompts,
+        checkpoint=arguments.checkpoint,
+        device=arguments.device,
+        max_new_tokens=arguments.max_new_tokens,
+        num_beams=arguments.num_beams,
+    ):
+        print(text)
+    return DONE
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    run_dir, out = existing(arguments.run_dir), arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} already exists and is not an empty directory")
+
+    from ssm_train.train import merge_run
+
+    merge_run(run_dir, out, checkpoint=arguments.checkpoint, device=arguments.device)
+    print(f"merged weights are in {out}")
+    return DONE
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    from ssm_train.plot import plot_metrics
+
+    out = arguments.out or arguments.run_dirs[0] / "metrics.png"
+    print(plot_metrics([existing(d, marker="metrics.jsonl") for d in arguments.run_dirs], out))
+    return DONE
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from ssm_train.doctor import examine, show
+
+    findings = examine()
+    if arguments.json:
+        print(json.dumps(findings, indent=2))
+    else:
+        show(findings)
+    return DONE
+
+
+def existing(run_dir: Path, marker: str = "cfg.yaml") -> Path:
+    """The run directory, after a look at whether it is one."""
+    if not (run_dir / marker).is_file():
+        what = f"holds no {marker}" if run_dir.is_dir() else "does not exist"
+        raise InputError(f"RUN_DIR {run_dir} {what}; give the directory of a finished run")
+    return run_dir
+
+
+def prompts_in(file: Path) -> list[str]:
+    if not file.is_file():
+        raise InputError(f"--file {file} does not exist; give a text file with one prompt a line")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"--file {file} is not UTF-8 text") from None
+    return [line for line in lines if line.strip()]
