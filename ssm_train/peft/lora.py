@@ -1,0 +1,179 @@
+"""LoRA (arXiv 2106.09685), rsLoRA, DoRA, PiSSA and OLoRA through Hugging Face PEFT, on every
+projection of every family; what may be adapted and what cannot be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from ssm_train.adapters.base import Batch, Prepared, TokenLosses
+from ssm_train.peft.targets import resolve_targets
+from ssm_train.settings import Settings
+
+INITS = "true, gaussian, orthogonal, pissa, pissa_niter_<number>, olora"
+
+
+class LoraSettings(Settings):
+    """The keys of a LoRA JSON, under the names of PEFT's LoraConfig."""
+
+    r: int = Field(default=8, ge=1)
+    """Rank."""
+    lora_alpha: float = Field(default=8, gt=0)
+    """The update is scaled by alpha / r, with rsLoRA by alpha / sqrt(r)."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the input of A."""
+    target_modules: list[str] | str | None = None
+    """Module names or their ends; a regular expression; "all-linear"; None: the family's own."""
+    exclude_modules: list[str] | str | None = None
+    """Modules left out, by the same rules."""
+    layers_to_transform: list[int] | int | None = None
+    """Layers to adapt; None: all."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list of layers, when it is not found by itself."""
+    init_lora_weights: bool | str = True
+    """Initialisation: true, gaussian, orthogonal, pissa, pissa_niter_<number>, olora."""
+    use_rslora: bool = False
+    """Rank-stabilized scaling (arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (arXiv 2402.09353)."""
+    rank_pattern: dict[str, int] = {}
+    """Rank by module name or regular expression, where it is not `r`."""
+    alpha_pattern: dict[str, float] = {}
+    """Alpha by module name or regular expression, where it is not `lora_alpha`."""
+
+    @field_validator("target_modules", "layers_to_transform")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value in ([], ""):
+            raise ValueError("it should name at least one, or be left out")
+        return value
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _known_init(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str):
+            value = {"true": True, "default": True}.get(value.lower(), value.lower())
+        known = value is True or value in ("gaussian", "orthogonal", "pissa", "olora")
+        if not known and not re.fullmatch(r"pissa_niter_\d+", str(value)):
+            raise ValueError(f"it should be one of {INITS}")
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _usable_patterns(cls, patterns: dict[str, float]) -> dict[str, float]:
+        for pattern, value in patterns.items():
+            _check_expression(pattern)
+            if value <= 0:
+                raise ValueError(f"{pattern!r} should be more than 0")
+        return patterns
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> LoraSettings:
+        if isinstance(self.target_modules, str):
+            _check_expression(self.target_modules)
+            if self.layers_to_transform is not None:
+                raise ValueError(
+                    "layers_to_transform needs target_modules to be a list, "
+                    f"not {self.target_modules!r}"
+                )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform")
+        if self.init_lora_weights == "orthogonal" and any(r % 2 for r in self._ranks()):
+            raise ValueError("init_lora_weights orthogonal needs even ranks")
+        return self
+
+    def _ranks(self) -> list[int]:
+        return [self.r, *self.rank_pattern.values()]
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation moves a part of the base weight into the factors."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+
+
+class LoraMethod:
+    """LoRA and its variants as a PeftMethod."""
+
+    def __init__(self, settings: LoraSettings) -> None:
+        self.settings = settings
+        self.initial: dict[str, Tensor] = {}
+        """After `inject`: A and B as they started, if that changed the base; else empty."""
+
+    def inject(self, prepared: Prepared) -> None:
+        """Wraps `prepared.model`; only the new factors are trainable, and they are fp32.
+
+        The function is unchanged at step 0. Raises InputError for targets that match nothing,
+        cannot be adapted, or are smaller than the rank.
+        """
+        from peft import get_peft_model
+
+        from ssm_train.peft.registration import SsmLoraConfig
+
+        model, settings = prepared.model, self.settings
+        targets = resolve_targets(model, prepared.traits, settings)
+        config = SsmLoraConfig(
+            task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+            target_modules=targets,
+            **settings.model_dump(exclude={"target_modules"}),
+        )
+        prepared.model = get_peft_model(model, config)
+        for parameter in prepared.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if settings.changes_base:
+            _share_start(prepared.model)
+            self.initial = snapshot_initial(prepared.model)
+
+    def calibrate(
+        self, prepared: Prepared, batches: Iterable[Batch], token_losses: TokenLosses
+    ) -> None:
+        """Nothing: the start depends on the weights alone."""
+
+    def stages(self) -> tuple[str, ...]:
+        return ("train",)
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Module name -> PEFT's LoRA layer, in the model's order."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def snapshot_initial(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of A and B under the names they have in an exported adapter file, on the CPU.
+
+    Taken right after injection; `export_adapter` needs them when the base was changed.
+    """
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in state.items()
+        if "lora_A" in name or "lora_B" in name
+    }
+
+
+def _share_start(model: nn.Module) -> None:
+    """Rank 0's factors and changed base weights on every rank: an SVD may differ between ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            for parameter in layer.parameters():
+                dist.broadcast(parameter.data, src=0)
+
+
+def _check_expression(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None

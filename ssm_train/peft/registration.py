@@ -1,0 +1,67 @@
+"""SSM_LORA inside Hugging Face PEFT: LoRA for models whose forwards reach every adapted matrix.
+The only file that extends PEFT's own tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, LoraModel, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, register_peft_method
+from torch import nn
+
+SSM_LORA = "SSM_LORA"
+
+
+@dataclass
+class SsmLoraConfig(LoraConfig):
+    """LoraConfig under a type that a PEFT without this package does not know, and so refuses."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(SSM_LORA)
+
+
+class SsmLoraModel(LoraModel):
+    """LoRA layers in a model of ours; a stock transformers or fla model becomes one first."""
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        # Lazy: adapters import transformers models and fla, which a toy module does not need.
+        from ssm_train.adapters.registry import adopt
+
+        super()._prepare_model(peft_config, model)
+        if hasattr(model, "config"):
+            adopt(model)
+
+    def _check_target_module_compatiblity(
+        self, peft_config: PeftConfig, model: nn.Module, target_name: str
+    ) -> None:
+        """No module is refused by model type: after `adopt` every projection is really called.
+
+        PEFT refuses out_proj of Mamba models because fused kernels read its weight directly.
+        """
+
+
+def register() -> None:
+    """Adds SSM_LORA to PEFT's enumeration and tables; a second call changes nothing."""
+    if SSM_LORA not in PeftType._value2member_map_:
+        _extend_enumeration()
+    if PeftType(SSM_LORA) not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(
+            name=SSM_LORA.lower(),
+            config_cls=SsmLoraConfig,
+            model_cls=SsmLoraModel,
+            prefix=LoraModel.prefix,
+        )
+
+
+def _extend_enumeration() -> None:
+    # Python closes an enumeration with members; these are the places where a member is looked up.
+    member: Any = str.__new__(PeftType, SSM_LORA)
+    member._name_ = member._value_ = SSM_LORA
+    PeftType._member_names_.append(SSM_LORA)
+    PeftType._member_map_[SSM_LORA] = member
+    PeftType._value2member_map_[SSM_LORA] = member
+    type.__setattr__(PeftType, SSM_LORA, member)

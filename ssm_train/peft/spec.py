@@ -1,0 +1,154 @@
+"""Which PEFT method a run uses and with which settings: the JSON, then the overrides.
+Everything here is checked before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ssm_train.adapters.base import PeftMethod
+from ssm_train.errors import InputError, near
+from ssm_train.peft.lora import LoraMethod, LoraSettings
+from ssm_train.settings import Settings
+from ssm_train.strict_yaml import read_document
+
+METHODS: dict[str, tuple[type[Settings], type[PeftMethod]]] = {"LORA": (LoraSettings, LoraMethod)}
+"""peft_type -> the settings it takes, the method it is."""
+
+# What PEFT writes into every adapter_config.json; says nothing about how to train.
+BOOKKEEPING = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"),
+    *("revision", "runtime_config", "task_type"),
+}
+
+OLD_NAMES = {"sdlora": "SD_LORA"}
+
+
+@dataclass(frozen=True)
+class PeftSpec:
+    """A PEFT method by name and its validated settings."""
+
+    peft_type: str
+    settings: Settings
+    source: str
+    """Where the settings were read, for messages."""
+
+    def make(self) -> PeftMethod:
+        """The method, ready to be injected into one model."""
+        method: Any = METHODS[self.peft_type][1]
+        return method(self.settings)
+
+
+def load_peft(
+    peft: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any] | None = None
+) -> PeftSpec | None:
+    """Reads a PEFT JSON (or takes its mapping) and lays the overrides over it.
+
+    `overrides` holds settings by their JSON name, as the HP_* variables set them, and
+    `pissa_fast`. None for `peft` is full fine-tuning: the result is None. Raises InputError.
+    """
+    if peft is None:
+        return None
+    if isinstance(peft, Mapping):
+        source, values = "peft", dict(peft)
+    else:
+        source, values = str(peft), {str(k): v for k, v in read_document(Path(peft)).values.items()}
+    changes = {key: value for key, value in (overrides or {}).items() if value is not None}
+    peft_type = _method_name(source, values.pop("peft_type", None), changes.pop("peft_type", None))
+    schema = METHODS[peft_type][0]
+    if peft_type == "LORA":
+        values = _without_inert_keys(source, values)
+        values, changes = _apply_pissa_fast(values, changes)
+    for key in changes:
+        if key not in schema.model_fields:
+            raise InputError(f"peft_overrides.{key} has no meaning for peft_type {peft_type}")
+    try:
+        settings = schema.model_validate(values | changes)
+    except ValidationError as error:
+        raise InputError(_explain(error, source, peft_type, schema, changes)) from None
+    return PeftSpec(peft_type, settings, source)
+
+
+def _method_name(source: str, written: Any, override: Any) -> str:
+    """The method's name in METHODS; an override wins. Raises InputError for unknown ones."""
+    given = written if override is None else override
+    where = source if override is None else "HP_PEFT_TYPE"
+    exists = f"there is {', '.join(METHODS)}"
+    if given is None:
+        raise InputError(f"{source}: peft_type is missing; {exists}")
+    name = OLD_NAMES.get(str(given).lower(), str(given).upper())
+    if name == "SSM_LORA":  # how an exported adapter calls LoRA
+        name = "LORA"
+    if name not in METHODS:
+        raise InputError(f"{where}: unknown peft_type {given!r}; {exists}{near(name, METHODS)}")
+    return name
+
+
+def _without_inert_keys(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without PEFT's bookkeeping and without its other options at their defaults."""
+    from dataclasses import MISSING, fields
+
+    from peft import LoraConfig
+
+    inert: dict[str, list[Any]] = {}
+    for field in fields(LoraConfig):
+        default = field.default
+        if field.default_factory is not MISSING:
+            default = field.default_factory()
+        inert[field.name] = [None, default]
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in BOOKKEEPING:
+            continue
+        if key in LoraSettings.model_fields:
+            if value is not None:
+                kept[key] = value
+        elif key not in inert:
+            raise InputError(f"{source}: unknown key {key!r} for peft_type LORA{near(key, inert)}")
+        elif value not in inert[key]:
+            raise InputError(
+                f"{source}: {key} is {value!r}, an option of PEFT that is not supported here; "
+                "remove it"
+            )
+    return kept
+
+
+def _apply_pissa_fast(
+    values: dict[str, Any], changes: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    fast = changes.pop("pissa_fast", False)
+    if fast and "init_lora_weights" not in changes and values.get("init_lora_weights") == "pissa":
+        values = values | {"init_lora_weights": "pissa_niter_4"}
+    return values, changes
+
+
+def _explain(
+    error: ValidationError,
+    source: str,
+    peft_type: str,
+    schema: type[Settings],
+    changes: Mapping[str, Any],
+) -> str:
+    """One line per problem: where, which key, its value, what was wrong with it."""
+    lines: dict[str, None] = {}
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        if not path:  # two settings that contradict each other
+            lines[f"{source}: {item['msg'].removeprefix('Value error, ')}"] = None
+            continue
+        key = path[0]
+        where = f"peft_overrides.{key}" if key in changes else f"{source}: {key}"
+        if item["type"] == "extra_forbidden":
+            hint = near(key, schema.model_fields)
+            lines[f"{source}: unknown key {key!r} for peft_type {peft_type}{hint}"] = None
+        else:
+            what = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            shown = repr(item["input"])
+            shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+            lines[f"{where} is {shown}, but {what}"] = None
+    return "\n".join(lines)
