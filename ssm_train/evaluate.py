@@ -1,12 +1,29 @@
-"""Loss and task metrics over all processes."""
+"""What is measured on held-out examples, by all processes together; every example counts once.
+
+Ranks evaluate slices, their rows are gathered and sorted by example; metrics see all of them.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
 
+from ssm_train.adapters.base import Batch, TokenLosses
+from ssm_train.checkpoint import write_atomically
+from ssm_train.generate import Autocast, Decoder, evaluation_mode, read_options
+from ssm_train.scores import OUT_OF_CLASS, compute_metrics
 from ssm_train.settings import Settings
+
+Gather = Callable[[list[Any]], list[Any]]  # all ranks: the lists of every rank, concatenated
 
 
 class EvalSettings(Settings):
@@ -18,3 +35,223 @@ class EvalSettings(Settings):
     """Metric that chooses the best checkpoint; None: the task's main metric."""
     max_eval_examples: int | None = Field(default=None, ge=1)
     """Evaluate on at most this many examples."""
+
+    @field_validator("eval_gen")
+    @classmethod
+    def check_eval_gen(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            read_options(value)
+        return value
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example's outcome, as text and as token ids."""
+
+    example: int  # index in the data set
+    input: str
+    input_ids: list[int]
+    prediction: str
+    prediction_ids: list[int]
+    labels: list[str]  # several references: all of them
+    label_ids: list[list[int]]
+
+
+# ---------------------------------------------------------------- loss
+
+
+def evaluate_loss(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    token_losses: TokenLosses,
+    reduce_sum: Callable[[Tensor], Tensor],
+    autocast: Autocast = nullcontext,
+) -> dict[str, float]:
+    """All ranks, each with its own batches. Loss in nats a supervised token, over all processes.
+
+    Returns `loss`, `perplexity` = exp(loss) and `tokens` (supervised ones).
+    """
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+    with evaluation_mode(model):
+        for batch in batches:
+            with autocast():
+                result = token_losses(model, batch.to(device))
+            sums[0] += result.loss
+            sums[1] += result.num_targets
+    loss_sum, tokens = reduce_sum(sums).tolist()
+    assert tokens > 0, "no supervised token in any batch of any process"
+    return loss_metrics(loss_sum, int(tokens))
+
+
+def loss_metrics(loss_sum: float, tokens: int) -> dict[str, float]:
+    loss = loss_sum / tokens
+    perplexity = math.exp(loss) if loss < 700 else math.inf if loss > 0 else math.nan
+    return {"loss": loss, "perplexity": perplexity, "tokens": tokens}
+
+
+# ---------------------------------------------------------------- classification
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One example's outcome over the label tokens. Class indices are places in `label_ids`."""
+
+    example: int  # index in the data set
+    target: int
+    choice: int  # class with the highest score
+    top_token: int  # likeliest token of the whole vocabulary
+    out_of_class: bool  # that token is likelier than every label token
+    loss: float  # of the label token over the whole vocabulary, nats
+    scores: tuple[float, ...]  # [C] logits of the label tokens
+
+    @property
+    def prediction(self) -> int:
+        """The class that counts."""
+        return OUT_OF_CLASS if self.out_of_class else self.choice
+
+
+def choose_labels(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    token_logits: Callable[[nn.Module, Batch], Tensor],
+    label_ids: Sequence[int],
+    autocast: Autocast = nullcontext,
+) -> list[Choice]:
+    """This rank's choices. Every document has one supervised token, its label."""
+    device = next(model.parameters()).device
+    labels = torch.tensor(list(label_ids), device=device)
+    choices = []
+    with evaluation_mode(model):
+        for batch in batches:
+            batch = batch.to(device)
+            with autocast():
+                logits = token_logits(model, batch).float()  # [S, V]
+            losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+            scores = logits[:, labels]  # [S, C]
+            top = logits.max(dim=-1)
+            best = scores.max(dim=-1)
+            matches = batch.targets[:, None] == labels  # [S, C]
+            assert bool(matches.any(-1).all()), "a label token is not in label_ids"
+            documents = batch.sequence_ids.flatten()[batch.target_positions]
+            columns = (
+                [batch.example_ids[i] for i in documents.tolist()],
+                matches.int().argmax(-1).tolist(),
+                best.indices.tolist(),
+                top.indices.tolist(),
+                (top.values > best.values).tolist(),
+                losses.tolist(),
+                [tuple(row) for row in scores.tolist()],
+            )
+            choices += [Choice(*row) for row in zip(*columns, strict=True)]
+    return choices
+
+
+def evaluate_classification(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    token_logits: Callable[[nn.Module, Batch], Tensor],
+    label_ids: Sequence[int],
+    metrics: Sequence[str],
+    gather: Gather,
+    autocast: Autocast = nullcontext,
+) -> tuple[dict[str, float], list[Choice]]:
+    """All ranks, each with its own batches; the same result on each.
+
+    `label_ids` [C]: the token of each class. An example whose likeliest token is no label counts
+    as wrong and in `out_of_cls` (a share of the examples). Loss and perplexity come along.
+    """
+    mine = choose_labels(model, batches, token_logits, label_ids, autocast)
+    choices = gather_in_order(mine, gather)
+    values = loss_metrics(math.fsum(c.loss for c in choices), len(choices))
+    predictions = [c.prediction for c in choices]
+    values |= compute_metrics(metrics, predictions, [c.target for c in choices])
+    values["out_of_cls"] = predictions.count(OUT_OF_CLASS) / len(predictions)
+    return values, choices
+
+
+def describe_choices(
+    choices: Sequence[Choice],
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    label_ids: Sequence[int],
+) -> list[Row]:
+    """Rows for `write_predictions`; the prediction is the likeliest token, label or not."""
+    return [
+        Row(
+            example=c.example,
+            input=tokenizer.decode(prompts[c.example]),
+            input_ids=[int(t) for t in prompts[c.example]],
+            prediction=tokenizer.decode([top := predicted_token(c, label_ids)]),
+            prediction_ids=[top],
+            labels=[tokenizer.decode([label_ids[c.target]])],
+            label_ids=[[label_ids[c.target]]],
+        )
+        for c in choices
+    ]
+
+
+def predicted_token(choice: Choice, label_ids: Sequence[int]) -> int:
+    return choice.top_token if choice.out_of_class else label_ids[choice.choice]
+
+
+# ---------------------------------------------------------------- generation
+
+
+def evaluate_generation(
+    model: nn.Module,
+    decoder: Decoder,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    references: Sequence[Sequence[str]],
+    metrics: Sequence[str],
+    gather: Gather,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[dict[str, float], list[Row]]:
+    """All ranks, with all prompts each; the same result on each.
+
+    `prompts`: token ids; `references[i]`: one or more right answers as text. Rows are in order.
+    """
+    mine = slice_of_rank(len(prompts), rank, world_size)
+    answers = decoder(model, [prompts[i] for i in mine])
+    rows = gather_in_order(
+        [
+            Row(
+                example=i,
+                input=tokenizer.decode(prompts[i]),
+                input_ids=[int(t) for t in prompts[i]],
+                prediction=tokenizer.decode(answer, skip_special_tokens=True),
+                prediction_ids=answer,
+                labels=list(references[i]),
+                label_ids=[
+                    tokenizer(text, add_special_tokens=False)["input_ids"] for text in references[i]
+                ],
+            )
+            for i, answer in zip(mine, answers, strict=True)
+        ],
+        gather,
+    )
+    assert len(rows) == len(prompts), (len(rows), len(prompts))
+    values = compute_metrics(metrics, [row.prediction for row in rows], references)
+    return values, rows
+
+
+def slice_of_rank(examples: int, rank: int, world_size: int) -> range:
+    """The examples that a rank evaluates: a partition, of sizes that differ by at most one."""
+    return range(rank, examples, world_size)
+
+
+def gather_in_order(rows: list[Any], gather: Gather) -> list[Any]:
+    """All ranks. The rows of all ranks by `example`; one that several ranks had counts once."""
+    by_example = {row.example: row for row in gather(rows)}
+    return [by_example[i] for i in sorted(by_example)]
+
+
+def write_predictions(run_dir: Path, step: int, rows: Iterable[Row]) -> Path:
+    """Rank 0. `predictions-<step>.jsonl`: one JSON object a line, in the order of `rows`."""
+    path = Path(run_dir) / f"predictions-{step}.jsonl"
+    lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
+    write_atomically(path, "".join(lines))
+    return path

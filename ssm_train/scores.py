@@ -1,0 +1,124 @@
+"""Task metrics by name: shares are in 0..1; BLEU is sacrebleu's, in 0..100."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ssm_train.errors import InputError, near
+
+OUT_OF_CLASS = -1  # the prediction of a token that is no label: never right
+
+
+def compute_metrics(
+    names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any]
+) -> dict[str, float]:
+    """Metrics of `names`, in that order; `rouge` gives rouge1, rouge2 and rougeL.
+
+    Classification: class indices (OUT_OF_CLASS: wrong). Generation: texts, and a list of reference
+    texts for each. Raises InputError for an unknown name.
+    """
+    assert len(predictions) == len(references) > 0, (len(predictions), len(references))
+    values: dict[str, float] = {}
+    for name in names:
+        if name not in METRICS:
+            raise InputError(
+                f"metric: unknown {name!r}{near(name, METRICS)} (known: {', '.join(METRICS)})"
+            )
+        value = METRICS[name](predictions, references)
+        values |= value if isinstance(value, dict) else {name: value}
+    return values
+
+
+# ---------------------------------------------------------------- classification
+
+
+def accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
+    return sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)
+
+
+def f1_of(positive: int, predictions: Sequence[int], references: Sequence[int]) -> float:
+    """2 TP / (2 TP + FP + FN) of one class; 0 when nothing is positive."""
+    pairs = list(zip(predictions, references, strict=True))
+    hits = sum(p == r == positive for p, r in pairs)
+    claims = sum(p == positive for p, _ in pairs) + sum(r == positive for _, r in pairs)
+    return 2 * hits / claims if claims else 0.0
+
+
+def f1_binary(predictions: Sequence[int], references: Sequence[int]) -> float:
+    """F1 of class 1."""
+    if max(references) > 1:
+        raise InputError(f"metric: f1 is for two classes, not {max(references) + 1}; use f1_macro")
+    return f1_of(1, predictions, references)
+
+
+def f1_macro(predictions: Sequence[int], references: Sequence[int]) -> float:
+    """Mean F1 of the classes that occur in predictions or references."""
+    classes = {*predictions, *references} - {OUT_OF_CLASS}
+    return sum(f1_of(c, predictions, references) for c in classes) / len(classes)
+
+
+def matthews_correlation(predictions: Sequence[int], references: Sequence[int]) -> float:
+    """R_K of Gorodkin (2004); with two classes the phi coefficient of Matthews (1975).
+
+    OUT_OF_CLASS is one more class, which no reference has. 0 where it is undefined.
+    """
+    total = len(references)
+    right = sum(p == r for p, r in zip(predictions, references, strict=True))
+    predicted, actual = Counter(predictions), Counter(references)
+    covariance = right * total - sum(predicted[c] * n for c, n in actual.items())
+    spread_predicted = total**2 - sum(n * n for n in predicted.values())
+    spread_actual = total**2 - sum(n * n for n in actual.values())
+    if spread_predicted == 0 or spread_actual == 0:
+        return 0.0
+    return covariance / math.sqrt(spread_predicted * spread_actual)
+
+
+# ---------------------------------------------------------------- generation
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of predictions equal to one of their references, runs of white space aside."""
+
+    def plain(text: str) -> str:
+        return " ".join(text.split())
+
+    return sum(
+        plain(p) in {plain(r) for r in rs} for p, rs in zip(predictions, references, strict=True)
+    ) / len(predictions)
+
+
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Corpus BLEU (Papineni et al. 2002, Post 2018), 0..100; the number of references may vary."""
+    from sacrebleu.metrics import BLEU
+
+    most = max(len(rs) for rs in references)
+    # Streams of references: stream k has the k-th one of every example, None where there is none.
+    streams: Any = [[rs[k] if k < len(rs) else None for rs in references] for k in range(most)]
+    # force: no warning about texts whose full stops stand apart, as word vocabularies make them.
+    return BLEU(force=True).corpus_score(list(predictions), streams).score
+
+
+def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """ROUGE-1, 2 and L (Lin 2004): mean F-measure, the best reference of each example."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(names)
+    scores = [
+        scorer.score_multi(list(rs), p) for p, rs in zip(predictions, references, strict=True)
+    ]
+    return {name: sum(float(s[name].fmeasure) for s in scores) / len(scores) for name in names}
+
+
+METRICS: dict[str, Callable[[Any, Any], float | dict[str, float]]] = {
+    "accuracy": accuracy,
+    "f1": f1_binary,
+    "f1_macro": f1_macro,
+    "matthews_correlation": matthews_correlation,
+    "exact_match": exact_match,
+    "bleu": bleu,
+    "rouge": rouge,
+}
