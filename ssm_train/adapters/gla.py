@@ -136,25 +136,31 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
         hidden_states: Tensor,  # [B, T, D]
         attention_mask: Tensor | None = None,  # [B, >= T], 0 on padding; its last T columns count
         past_key_values: Any = None,
-        use_cache: bool | None = False,
         cu_seqlens: Tensor | None = None,  # [N + 1], packed documents, B == 1
         **_: Any,
     ) -> tuple[Tensor, None, Any]:
         if not self.dtype_checked:
-            check_gate_bias(self)
+            common.check_fp32(self, ("gk_proj.1.bias",))
             self.dtype_checked = True
-        use_cache = bool(use_cache)
+        length, caching = hidden_states.shape[1], past_key_values is not None
+        cached = get_layer_cache(self, past_key_values) or {}
         real = None  # [B, T, 1]
         if attention_mask is not None and cu_seqlens is None:
-            real = attention_mask[:, -hidden_states.shape[1] :, None].bool()
-        cached = get_layer_cache(self, past_key_values) or {}
+            real = attention_mask[:, -length:, None].bool()
 
-        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        inputs = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         windows = None
         if self.use_short_conv:
-            (q, k, v), windows = self._convolve(
-                (q, k, v), real, cached.get("conv_state"), use_cache, cu_seqlens
-            )
+            if real is not None:
+                inputs = tuple(x.masked_fill(~real, 0) for x in inputs)
+            convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+            past = cached.get("conv_state") or (None, None, None)
+            convolved = [
+                convolution(x, window, caching, cu_seqlens)
+                for convolution, x, window in zip(convolutions, inputs, past, strict=True)
+            ]
+            inputs, windows = zip(*convolved, strict=True)
+        q, k, v = inputs
         q = self._heads(q, self.head_k_dim)  # [B, T, H, K]
         k = self._heads(k, self.head_k_dim).repeat_interleave(self.num_kv_groups, dim=2)
         v = self._heads(v, self.head_v_dim).repeat_interleave(self.num_kv_groups, dim=2)
@@ -166,13 +172,13 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
             k = k.masked_fill(~real[..., None], 0)
             g = g.masked_fill(~real[..., None], 0)
 
-        o, state = self._recur(q, k, v, g, cached.get("recurrent_state"), use_cache, cu_seqlens)
+        o, state = self._recur(q, k, v, g, cached.get("recurrent_state"), caching, cu_seqlens)
         update_layer_cache(
             self,
             past_key_values,
             recurrent_state=state,
             conv_state=windows,
-            offset=hidden_states.shape[1],
+            offset=length,
         )
         return self.o_proj(self._gate_output(o, hidden_states)), None, past_key_values
 
@@ -212,39 +218,9 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
             return self.g_norm_swish_gate(o, self._heads(gate, self.head_v_dim)).flatten(-2)
         return self.g_norm(o).flatten(-2) * ACTIVATIONS[self.gate_fn](gate)
 
-    def _convolve(
-        self,
-        inputs: tuple[Tensor, ...],
-        real: Tensor | None,
-        windows: tuple[Tensor, ...] | None,
-        use_cache: bool,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-        if real is not None:
-            inputs = tuple(x.masked_fill(~real, 0) for x in inputs)
-        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        outputs, new_windows = zip(
-            *(
-                convolution(x, window, use_cache, cu_seqlens)
-                for convolution, x, window in zip(
-                    convolutions, inputs, windows or (None,) * 3, strict=True
-                )
-            ),
-            strict=True,
-        )
-        return outputs, new_windows if use_cache else None
-
     @staticmethod
     def _heads(x: Tensor, size: int) -> Tensor:
         return x.unflatten(-1, (-1, size))  # [B, T, H * size] -> [B, T, H, size]
-
-
-def check_gate_bias(mixer: GatedLinearAttention) -> None:
-    """Asserts an fp32 gate bias, whatever PEFT has wrapped around it."""
-    for name, parameter in mixer.gk_proj.named_parameters():
-        assert not name.endswith("bias") or parameter.dtype in (torch.float32, torch.float64), (
-            f"gk_proj.{name} of layer {mixer.layer_idx} is {parameter.dtype}, not fp32"
-        )
 
 
 class GLAForCausalLM(fla_model.GLAForCausalLM):

@@ -347,7 +347,7 @@ def test_bf16_autocast_stays_close_to_fp32():
     exact = ours(ids).logits
     with torch.autocast("cpu", torch.bfloat16):
         rounded = ours(ids).logits
-    assert (rounded.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
 
 
 IMPORT_ORDER = """
