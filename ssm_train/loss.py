@@ -1,4 +1,4 @@
-"""The loss: cross entropy summed over supervised tokens; who divides, and by what, is the loop's."""
+"""The loss: cross entropy summed over supervised tokens. Who divides by what is for the loop."""
 
 from __future__ import annotations
 

@@ -1,16 +1,63 @@
-"""Fixtures that several rooms share."""
+"""Tiny models for every test, and no network: a test that wants the hub fails at once."""
+
+from __future__ import annotations
 
 import os
-import socket
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """A configuration of a few thousand parameters: "mamba" or "mamba2"."""
+    from transformers import Mamba2Config, MambaConfig
+
+    values: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "state_size": 8,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "mamba":
+        return MambaConfig(**values | changes)
+    assert family == "mamba2", family
+    return Mamba2Config(**values | {"head_dim": 8, "num_heads": 6, "n_groups": 2} | changes)
 
 
 @pytest.fixture
-def free_port() -> int:
-    """A TCP port on which a rendezvous can listen."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def tiny_stock_model() -> Callable[..., Any]:
+    """(family, **config changes) -> transformers' own model in fp32, all weights random."""
+
+    def build(family: str, **changes: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+        with torch.no_grad():  # no zeros or ones: each parameter must matter
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    return build
+
+
+@pytest.fixture
+def tiny_model(tiny_stock_model: Callable[..., Any]) -> Callable[..., Any]:
+    """(family, **config changes) -> the same model with this project's forwards."""
+
+    def build(family: str, **changes: Any) -> Any:
+        from ssm_train.adapters.registry import adopt
+
+        model = tiny_stock_model(family, **changes)
+        adopt(model)
+        return model
+
+    return build

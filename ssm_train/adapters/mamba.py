@@ -1,0 +1,264 @@
+"""Mamba-1 and 2 (arXiv 2312.00752, 2405.21060): transformers' weights and names, our forwards.
+
+LoRA is alive on every projection, packed rows keep their documents apart, padding changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import DynamicCache, Mamba2Config, MambaConfig
+from transformers.models.mamba import modeling_mamba as stock1
+from transformers.models.mamba2 import modeling_mamba2 as stock2
+
+from ssm_train.adapters import common, loading, mamba_checkpoint
+from ssm_train.adapters.base import Batch, LossSum, ModelSpec, Prepared, Traits
+from ssm_train.adapters.mamba_mixer import GatedRMSNorm, Mamba2Mixer, MambaMixer
+from ssm_train.errors import InputError
+from ssm_train.kernels import causal_conv1d, selective_scan, ssd
+
+DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
+SUPPORTS = frozenset({"packing", "cached_decode", "grad_ckpt"})
+NORMS = ("norm.weight", "norm_f.weight")
+
+MAMBA_TRAITS = Traits(
+    lora_targets=("in_proj", "x_proj", "dt_proj", "out_proj"),
+    raw_weight_reads=("conv1d", "x_proj", "dt_proj", "out_proj"),
+    refused_targets=("conv1d", "out_proj"),
+    keep_fp32=("A_log", "D", "dt_proj.bias"),
+    no_decay=("A_log", "D", "dt_proj.bias", *NORMS),
+    supports=SUPPORTS,
+)
+MAMBA2_TRAITS = Traits(
+    lora_targets=("in_proj", "out_proj"),
+    raw_weight_reads=("conv1d", "out_proj"),
+    refused_targets=("conv1d", "out_proj"),
+    keep_fp32=("A_log", "D", "dt_bias"),
+    no_decay=("A_log", "D", "dt_bias", *NORMS),
+    supports=SUPPORTS,
+)
+
+
+class Block:
+    """Pre-norm residual block: hidden + mixer(norm(hidden))."""
+
+    def forward(self: Any, hidden_states: Tensor, **mixer_inputs: Any) -> Tensor:
+        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
+        normed = self.norm(hidden_states.to(self.norm.weight.dtype))
+        return residual + self.mixer(normed, **mixer_inputs)
+
+
+class MambaBlock(Block, stock1.MambaBlock):  # type: ignore[misc]
+    pass
+
+
+class Mamba2Block(Block, stock2.Mamba2Block):  # type: ignore[misc]
+    pass
+
+
+class Backbone:
+    """Embeddings, blocks, final norm; masks and document boundaries reach every mixer."""
+
+    output_class: type
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,  # [B, T]
+        inputs_embeds: Tensor | None = None,  # [B, T, H], instead of input_ids
+        cache_params: Any = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and cache_params is None:
+            cache_params = DynamicCache(config=self.config)
+        assert cu_seqlens is None or (cache_params is None and attention_mask is None), (
+            "packed rows carry cu_seqlens alone: no cache, no attention mask"
+        )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        every_hidden = []
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                cache_params=cache_params,
+                attention_mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+            )
+            if output_hidden_states:
+                every_hidden.append(hidden)
+        hidden = self.norm_f(hidden)
+        output = self.output_class(
+            last_hidden_state=hidden,
+            cache_params=cache_params if use_cache else None,
+            hidden_states=(*every_hidden, hidden) if output_hidden_states else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+class MambaModel(Backbone, stock1.MambaModel):
+    output_class = stock1.MambaOutput
+
+
+class Mamba2Model(Backbone, stock2.Mamba2Model):
+    output_class = stock2.Mamba2Output
+
+
+class LanguageModel:
+    """The backbone and its head; see `common.head_outputs` for what is returned when."""
+
+    output_class: type
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: Any = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        target_positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        **loss_kwargs: Any,
+    ) -> Any:
+        outputs = self.backbone(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+        )
+        loss, logits = common.head_outputs(
+            self,
+            outputs.last_hidden_state,
+            target_positions=target_positions,
+            targets=targets,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **loss_kwargs,
+        )
+        output = self.output_class(
+            loss=loss,
+            logits=logits,
+            cache_params=outputs.cache_params,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+class MambaForCausalLM(LanguageModel, stock1.MambaForCausalLM):
+    output_class = stock1.MambaCausalLMOutput
+
+
+class Mamba2ForCausalLM(LanguageModel, stock2.Mamba2ForCausalLM):
+    output_class = stock2.Mamba2CausalLMOutput
+
+
+TYPES: dict[type[nn.Module], type[nn.Module]] = {
+    stock1.MambaForCausalLM: MambaForCausalLM,
+    stock1.MambaModel: MambaModel,
+    stock1.MambaBlock: MambaBlock,
+    stock1.MambaMixer: MambaMixer,
+    stock2.Mamba2ForCausalLM: Mamba2ForCausalLM,
+    stock2.Mamba2Model: Mamba2Model,
+    stock2.Mamba2Block: Mamba2Block,
+    stock2.Mamba2Mixer: Mamba2Mixer,
+    stock2.MambaRMSNormGated: GatedRMSNorm,
+}
+
+
+def adopt(model: nn.Module) -> None:
+    """Gives transformers' Mamba or Mamba-2 model our forwards, in place; weights and names stay."""
+    common.retype(model, TYPES)
+    for module in model.modules():
+        if isinstance(module, (MambaMixer, Mamba2Mixer)):
+            common.retype(module, {nn.Conv1d: common.CausalConv1d})
+        if isinstance(module, MambaMixer):
+            common.retype(module.dt_proj, {nn.Linear: common.Fp32BiasLinear})
+        if isinstance(module, Mamba2Mixer):
+            module.norm.group_size = module.intermediate_size // module.n_groups
+
+
+@dataclass
+class MambaAdapter:
+    """Mamba-1 or Mamba-2, from transformers' checkpoints, mamba_ssm's own, or a configuration."""
+
+    name: str
+    traits: Traits
+    config_class: Any
+    model_class: Any
+    kernels: dict[str, Any]
+    """op -> its package."""
+
+    def prepare(self, spec: ModelSpec) -> Prepared:
+        kernels = self._choose_kernels(spec)
+        tokenizer = loading.load_tokenizer(spec, default=DEFAULT_TOKENIZER)
+        model = self._load(spec, tokenizer)
+        adopt(model)
+        loading.align_tokenizer(model, tokenizer, spec.model or "new_model")
+        common.cast_storage(model, spec.dtype, self.traits.keep_fp32)
+        if spec.gradient_checkpointing:
+            common.enable_gradient_checkpointing(model)
+        return Prepared(model.to(spec.device), tokenizer, self.traits, kernels)
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
+        return common.token_losses(model, batch)
+
+    def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return common.token_logits(model, batch)
+
+    def _choose_kernels(self, spec: ModelSpec) -> dict[str, str]:
+        chosen = {op: package.implementation() for op, package in self.kernels.items()}
+        if spec.kernels != "auto" and (others := set(chosen.values()) - {spec.kernels}):
+            raise InputError(
+                f"kernels: {spec.kernels} was asked for, but {self.name} runs on {min(others)} "
+                f"kernels here ({', '.join(chosen)}); use kernels: auto"
+            )
+        return chosen
+
+    def _load(self, spec: ModelSpec, tokenizer: Any) -> Any:
+        if spec.model is not None:
+            if mamba_checkpoint.is_original(loading.read_config(spec.model, spec.revision)):
+                return mamba_checkpoint.load(spec)
+            return loading.load_weights(self.model_class, spec)
+        values = dict(spec.new_model or {})
+        values.pop("model_type", None)
+        if tokenizer is not None:
+            values.setdefault("vocab_size", len(tokenizer))
+        config = loading.make_config(self.config_class, values)
+        with spec.init_context():
+            return self.model_class(config)
+
+
+MAMBA = MambaAdapter(
+    "mamba",
+    MAMBA_TRAITS,
+    MambaConfig,
+    stock1.MambaForCausalLM,
+    {"causal_conv1d": causal_conv1d, "selective_scan": selective_scan},
+)
+MAMBA2 = MambaAdapter(
+    "mamba2",
+    MAMBA2_TRAITS,
+    Mamba2Config,
+    stock2.Mamba2ForCausalLM,
+    {"causal_conv1d": causal_conv1d, "ssd": ssd},
+)

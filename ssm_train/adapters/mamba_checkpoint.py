@@ -1,0 +1,154 @@
+"""Checkpoints that mamba_ssm itself wrote: read as the transformers model they are equal to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+
+from ssm_train.adapters import loading
+from ssm_train.adapters.base import ModelSpec
+from ssm_train.errors import InputError, near
+
+# mamba_ssm's name -> transformers' name. What is None changes how to compute, not what.
+SHARED = {
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "dt_min": "time_step_min",
+    "dt_max": "time_step_max",
+    "dt_init_floor": "time_step_floor",
+    "conv_bias": "use_conv_bias",
+    "bias": "use_bias",
+    "use_fast_path": None,
+    "layer": None,
+}
+MAMBA1 = SHARED | {
+    "dt_rank": "time_step_rank",
+    "dt_init": "time_step_init_scheme",
+    "dt_scale": "time_step_scale",
+}
+MAMBA2 = SHARED | {
+    "headdim": "head_dim",
+    "ngroups": "n_groups",
+    "dt_limit": "time_step_limit",
+    "chunk_size": "chunk_size",
+    "use_mem_eff_path": None,
+    "conv_init": None,
+    "A_init_range": None,
+}
+# Where mamba_ssm's defaults differ from transformers'.
+MAMBA2_DEFAULTS = {"state_size": 128, "head_dim": 64, "n_groups": 1}
+# Features with no equal in transformers' model: (in ssm_cfg, key, the only value that maps).
+UNMAPPED: tuple[tuple[bool, str, tuple[Any, ...]], ...] = (
+    (False, "attn_layer_idx", ([], None)),
+    (False, "d_intermediate", (0, None)),
+    (False, "rms_norm", (True,)),
+    (True, "D_has_hdim", (False,)),
+    (True, "rmsnorm", (True,)),
+    (True, "norm_before_gate", (False,)),
+    (True, "d_ssm", (None,)),
+)
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether this config.json is mamba_ssm's own."""
+    return "d_model" in config and "n_layer" in config and "model_type" not in config
+
+
+def family(config: Mapping[str, Any]) -> str:
+    """ "mamba" or "mamba2"; any other kind of layer is an InputError."""
+    layer = (config.get("ssm_cfg") or {}).get("layer", "Mamba1")
+    if layer not in ("Mamba1", "Mamba2"):
+        raise InputError(f"model: ssm_cfg.layer is {layer!r}; Mamba1 and Mamba2 can be loaded")
+    return "mamba" if layer == "Mamba1" else "mamba2"
+
+
+def map_config(config: Mapping[str, Any]) -> Any:
+    """mamba_ssm's config.json -> MambaConfig or Mamba2Config.
+
+    Raises InputError naming a feature that transformers' model does not have.
+    """
+    ssm = dict(config.get("ssm_cfg") or {})
+    for inside, key, mapped in UNMAPPED:
+        source = ssm if inside else config
+        if key in source and source[key] not in mapped:
+            raise InputError(
+                f"model: this mamba_ssm checkpoint has {'ssm_cfg.' * inside}{key} = "
+                f"{source[key]!r}, which cannot be mapped; only {mapped[0]!r} can"
+            )
+        if inside:
+            ssm.pop(key, None)
+    first = family(config) == "mamba"
+    names = MAMBA1 if first else MAMBA2
+    values: dict[str, Any] = {} if first else dict(MAMBA2_DEFAULTS)
+    for key, value in ssm.items():
+        if key not in names:
+            raise InputError(f"model: unknown ssm_cfg.{key}{near(key, names)}")
+        if (name := names[key]) is not None:
+            values[name] = value
+    multiple = config.get("pad_vocab_size_multiple", 8)
+    values |= {
+        "hidden_size": config["d_model"],
+        "num_hidden_layers": config["n_layer"],
+        "vocab_size": -(-config["vocab_size"] // multiple) * multiple,
+        "residual_in_fp32": config.get("residual_in_fp32", True),
+        "tie_word_embeddings": config.get("tie_embeddings", True),
+        "layer_norm_epsilon": 1e-5,
+    }
+    if not first:
+        values["num_heads"] = values.get("expand", 2) * values["hidden_size"] // values["head_dim"]
+    return loading.make_config(MambaConfig if first else Mamba2Config, values, "model: config.json")
+
+
+def map_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """mamba_ssm's tensor names -> transformers'."""
+    prefix = "backbone.embedding."
+    return {
+        f"backbone.embeddings.{name.removeprefix(prefix)}" if name.startswith(prefix) else name: w
+        for name, w in weights.items()
+    }
+
+
+def load(spec: ModelSpec) -> MambaForCausalLM | Mamba2ForCausalLM:
+    """The model of a directory or hub id that mamba_ssm wrote, in fp32."""
+    assert spec.model is not None
+    config = map_config(loading.read_config(spec.model, spec.revision))
+    weights = map_names(read_weights(spec.model, spec.revision))
+    tied, embeddings = weights.get("lm_head.weight"), weights.get("backbone.embeddings.weight")
+    if config.tie_word_embeddings and embeddings is not None:
+        if tied is not None and not torch.equal(tied, embeddings):
+            raise InputError(
+                f"model: {spec.model} says tie_embeddings but its lm_head.weight is not its "
+                "embedding; set tie_embeddings to false in its config.json"
+            )
+        weights["lm_head.weight"] = embeddings
+    model_class = MambaForCausalLM if isinstance(config, MambaConfig) else Mamba2ForCausalLM
+    with spec.init_context():
+        model = model_class(config)
+        own = model.state_dict()
+        common_names = own.keys() & weights.keys()
+        loading.check_names(
+            spec.model,
+            missing=own.keys() - weights.keys(),
+            unexpected=weights.keys() - own.keys(),
+            misshapen=[name for name in common_names if own[name].shape != weights[name].shape],
+        )
+        model.load_state_dict(weights)
+    return model.eval()
+
+
+def read_weights(model: str, revision: str | None) -> dict[str, Tensor]:
+    """The tensors of model.safetensors or pytorch_model.bin; nothing else is unpickled."""
+    for file in loading.WEIGHT_FILES:
+        path = loading.fetch(model, file, revision)
+        if path is None:
+            continue
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    raise InputError(f"model: {model} has none of the files {', '.join(loading.WEIGHT_FILES)}")

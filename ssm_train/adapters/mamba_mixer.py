@@ -1,0 +1,161 @@
+"""The mixers of Mamba-1 and Mamba-2: what happens to one layer's input, for every kind of batch.
+
+They call their sub-modules and our kernels only, never a weight past its module's forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.mamba import modeling_mamba as stock1
+from transformers.models.mamba2 import modeling_mamba2 as stock2
+
+from ssm_train.adapters import common
+from ssm_train.kernels.selective_scan import selective_scan
+from ssm_train.kernels.ssd import ssd
+
+
+class CachedMixer:
+    """What the two mixers share: the dtype check, padding, the convolution and the cache."""
+
+    fp32_names: tuple[str, ...]
+    dtype_checked = False
+
+    def _check_dtype(self: Any) -> None:
+        if not self.dtype_checked:
+            common.check_fp32(self, self.fp32_names)
+            self.dtype_checked = True
+
+    def _convolve(
+        self: Any, x: Tensor, real: Tensor | None, cache: Any, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Convolution and activation of x [B, T, d], after the cached inputs if there are any."""
+        if real is not None:
+            x = x.masked_fill(~real, 0)
+        width = self.conv1d.kernel_size[0]
+        window = None
+        if cache is not None and cache.has_previous_state(self.layer_idx):
+            past = cache.layers[self.layer_idx].conv_states[0]  # [B, d, >= W]
+            window = past[..., past.shape[-1] - width + 1 :]
+        fused = "silu" if self.activation in ("silu", "swish") else None
+        y, _ = self.conv1d(x, window, cu_seqlens, activation=fused)
+        if cache is not None:  # after the convolution: the cache is updated in place
+            cache.update_conv_state(x.mT, self.layer_idx, conv_kernel_size=width)
+        return y if fused else self.act(y)
+
+    def _past_state(self: Any, cache: Any) -> Tensor | None:
+        if cache is None:
+            return None
+        return cache.layers[self.layer_idx].recurrent_states[0]
+
+
+class MambaMixer(CachedMixer, stock1.MambaMixer):
+    fp32_names = ("A_log", "D", "dt_proj.bias")
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B, T, H]
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,  # [B, >= T], 0 on padding; the last T columns count
+        cu_seqlens: Tensor | None = None,  # [N + 1], packed documents, B == 1
+        **_: Any,
+    ) -> Tensor:
+        self._check_dtype()
+        real = real_positions(hidden_states, attention_mask)
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # [B, T, d]
+        x = self._convolve(x, real, cache_params, cu_seqlens)
+        dt, B, C = self.x_proj(x).split(
+            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
+        )
+        dt = step_sizes(self.dt_proj(dt), real)
+        with torch.autocast(x.device.type, enabled=False):
+            y, state = selective_scan(
+                x,
+                dt,
+                -torch.exp(self.A_log),
+                B,
+                C,
+                D=self.D,
+                z=z,
+                initial_state=self._past_state(cache_params),
+                output_final_state=cache_params is not None,
+                cu_seqlens=cu_seqlens,
+            )
+        if cache_params is not None:
+            cache_params.update_recurrent_state(state, self.layer_idx)
+        return self.out_proj(y)
+
+
+class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
+    fp32_names = ("A_log", "D", "dt_bias")
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B, T, H]
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        self._check_dtype()
+        real = real_positions(hidden_states, attention_mask)
+        z, xBC, dt = self.in_proj(hidden_states).split(
+            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
+        )
+        xBC = self._convolve(xBC, real, cache_params, cu_seqlens)
+        groups = self.n_groups * self.ssm_state_size
+        x, B, C = xBC.split([self.intermediate_size, groups, groups], dim=-1)
+        # The bias promotes dt to fp32 before the softplus.
+        dt = step_sizes(dt + self.dt_bias, real, *self.time_step_limit)  # [B, T, heads]
+        with torch.autocast(x.device.type, enabled=False):
+            y, state = ssd(
+                x.unflatten(-1, (self.num_heads, self.head_dim)),
+                dt,
+                -torch.exp(self.A_log),
+                B.unflatten(-1, (self.n_groups, self.ssm_state_size)),
+                C.unflatten(-1, (self.n_groups, self.ssm_state_size)),
+                D=self.D,
+                initial_state=self._past_state(cache_params),
+                output_final_state=cache_params is not None,
+                cu_seqlens=cu_seqlens,
+            )
+        if cache_params is not None:
+            cache_params.update_recurrent_state(state, self.layer_idx)
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+
+def real_positions(hidden: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """[B, T, 1], False on padding, for hidden [B, T, H]; None when everything is real."""
+    if attention_mask is None:
+        return None
+    return attention_mask[:, -hidden.shape[1] :, None].bool()
+
+
+def step_sizes(
+    raw: Tensor, real: Tensor | None, least: float = 0.0, most: float = float("inf")
+) -> Tensor:
+    """softplus, clamped, and 0 at padding, where the state then passes through unchanged."""
+    dt = F.softplus(raw)
+    if least > 0 or most < float("inf"):
+        dt = dt.clamp(least, most)
+    return dt if real is None else dt.masked_fill(~real, 0)
+
+
+class GatedRMSNorm(stock2.MambaRMSNormGated):
+    """RMSNorm of x * silu(gate) in fp32, group by group (Mamba-2's groups of B and C).
+
+    mamba_ssm normalises per group; transformers 5.17 takes all groups together.
+    """
+
+    group_size: int
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        x = hidden_states.float()
+        if gate is not None:
+            x = x * F.silu(gate.float())
+        x = x.unflatten(-1, (-1, self.group_size))
+        x = F.rms_norm(x, x.shape[-1:], eps=self.variance_epsilon).flatten(-2)
+        return self.weight * x.to(hidden_states.dtype)
