@@ -325,22 +325,17 @@ class GlaAdapter:
         if spec.model is not None and loading.has_tokenizer(spec.model, spec.revision):
             spec = replace(spec, tokenizer=None)
         tokenizer = loading.load_tokenizer(spec)
-        model = self.prepare_model(spec)
-        loading.align_tokenizer(model, tokenizer, spec.model or "the new model")
-        return Prepared(model, tokenizer, self.traits, kernels)
-
-    def prepare_model(self, spec: ModelSpec) -> GLAForCausalLM:
-        """The model alone: weights loaded or drawn, our forwards, storage dtypes."""
         if spec.model is not None:
             refuse_what_is_not_covered(loading.read_config(spec.model, spec.revision))
             model = loading.load_weights(GLAForCausalLM, spec)
         else:
-            model = make_model(spec)
+            model = make_model(spec, tokenizer)
         adopt(model, spec.kernels)
+        loading.align_tokenizer(model, tokenizer, spec.model or "new_model")
         common.cast_storage(model, spec.dtype, self.traits.keep_fp32)
         if spec.gradient_checkpointing:
             common.enable_gradient_checkpointing(model)
-        return model
+        return Prepared(model.to(spec.device), tokenizer, self.traits, kernels)
 
     def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
         return common.token_losses(model, batch)
@@ -349,10 +344,12 @@ class GlaAdapter:
         return common.token_logits(model, batch)
 
 
-def make_model(spec: ModelSpec) -> GLAForCausalLM:
+def make_model(spec: ModelSpec, tokenizer: Any) -> GLAForCausalLM:
     """A new model with random weights, from `spec.new_model`."""
-    assert spec.new_model is not None
-    values = {key: value for key, value in spec.new_model.items() if key != "model_type"}
+    values = dict(spec.new_model or {})
+    values.pop("model_type", None)
+    if tokenizer is not None:
+        values.setdefault("vocab_size", len(tokenizer))
     config = loading.make_config(fla_model.GLAConfig, values)
     refuse_what_is_not_covered(config)
     try:
@@ -360,3 +357,6 @@ def make_model(spec: ModelSpec) -> GLAForCausalLM:
             return GLAForCausalLM(config)
     except (AssertionError, KeyError, ValueError) as error:  # how fla refuses sizes and names
         raise InputError(f"new_model: fla cannot build this GLA: {error}") from error
+
+
+GLA = GlaAdapter()

@@ -18,7 +18,7 @@ TOLERANCE = 1e-2
 
 def make_model(kernels: str, **options):
     pytest.importorskip("fla", reason="fla needs Linux")
-    from ssm_train.adapters.gla import GlaAdapter
+    from ssm_train.adapters.gla import GLA
 
     config = {
         "model_type": "gla",
@@ -33,9 +33,9 @@ def make_model(kernels: str, **options):
     }
     torch.manual_seed(0)
     spec = ModelSpec(new_model=config | options, kernels=kernels, device="cuda")
-    prepared = GlaAdapter().prepare(spec)
+    prepared = GLA.prepare(spec)
     assert prepared.kernels["gla"] == ("reference" if kernels == "reference" else "triton (fla)")
-    return prepared.model.cuda()
+    return prepared.model
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
