@@ -1,0 +1,90 @@
+"""The README.md beside exported weights: what they are, how they load, and where they must not."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+ADAPTER = """\
+---
+{base}library_name: peft
+tags:
+- lora
+- ssm_train
+---
+# Adapter for {name}
+{method} of rank {rank} on {targets}, trained with ssm_train.
+{note}
+```python
+{imports}
+model = AutoModelForCausalLM.from_pretrained({id!r})
+model = PeftModel.from_pretrained(model, "path/of/this/directory")
+```
+"""
+
+SSM_NOTE = """
+`peft_type` is SSM_LORA because PEFT by itself would refuse some of these modules on the stock
+model, or load them without any effect: its fused kernels read their weights directly. So PEFT
+alone stops with an error. `import ssm_train.peft` teaches it the type and makes the loaded model
+call every adapted module. For an install without ssm_train, write full weights with
+`ssm-train merge`.
+"""
+
+MERGED = """\
+---
+{base}library_name: transformers
+tags:
+- ssm_train
+---
+# {name} with an adapter merged
+Full weights in {dtype}, in the format of the base model: any install that loads the base loads
+these, without PEFT and without ssm_train. Over {tokens} probe tokens the logits differ from those
+of base plus adapter by at most {difference:.1e} of the largest logit.
+{note}
+"""
+
+MERGED_NOTE = """
+The adapter itself sits on modules that PEFT alone refuses on the stock model or loads without
+effect, which is why these weights exist.
+"""
+
+
+def adapter_card(config: Any) -> str:
+    """Model card of an exported adapter, from its PEFT config."""
+    name = one_line(config.base_model_name_or_path)
+    targets = config.target_modules
+    ssm_lora = str(config.peft_type.value) != "LORA"
+    imports = ["import ssm_train.peft"] if ssm_lora else []
+    imports += ["from peft import PeftModel", "from transformers import AutoModelForCausalLM"]
+    return ADAPTER.format(
+        base=base_line(name),
+        name=name,
+        id=name,
+        method="DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA",
+        rank=config.r,
+        targets=targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        note=SSM_NOTE if ssm_lora else "",
+        imports="\n".join(imports),
+    )
+
+
+def merged_card(base_id: str, difference: float, tokens: int, dtype: str, ssm_lora: bool) -> str:
+    """Model card of merged weights."""
+    name = one_line(base_id)
+    return MERGED.format(
+        base=base_line(name),
+        name=name,
+        dtype=dtype,
+        tokens=tokens,
+        difference=difference,
+        note=MERGED_NOTE if ssm_lora else "",
+    )
+
+
+def base_line(name: str) -> str:
+    """`base_model: ...` for the card's header, if the base is a hub id; hubs refuse paths."""
+    return f"base_model: {name}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.replace("`", "'").split())

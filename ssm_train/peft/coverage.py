@@ -1,0 +1,73 @@
+"""What a PEFT method reached: how many of the model's linear layers and parameters, and which."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from ssm_train.peft.lora import lora_layers
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Counts of adapted layers and trainable parameters. `str()` is one line for the log."""
+
+    ranks: tuple[int, ...]
+    adapted: int
+    linear_layers: int
+    """Linear layers of the model, adapted or not, without the output head unless adapted."""
+    trainable: int
+    parameters: int
+    """All parameters, the adapter's included."""
+    patterns: dict[str, int]
+    """Module name with `*` for the layer number -> adapted layers of that name."""
+
+    def __str__(self) -> str:
+        rank = "/".join(str(r) for r in self.ranks)
+        return (
+            f"LoRA r={rank} on {self.adapted} of {self.linear_layers} linear layers of the mixers "
+            f"and MLPs, {count_text(self.trainable)} of {count_text(self.parameters)} parameters "
+            f"({self.trainable / max(self.parameters, 1):.1%})"
+        )
+
+
+def measure_coverage(model: nn.Module) -> Coverage:
+    """Counts what is adapted in a model after injection. Sharded parameters count in full."""
+    layers = lora_layers(model)
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    inside = tuple(f"{name}." for name in layers)
+    untouched = sum(
+        isinstance(module, nn.Linear) and module is not head and not name.startswith(inside)
+        for name, module in model.named_modules()
+    )
+    sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
+    patterns = Counter(
+        re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model.")) for name in layers
+    )
+    return Coverage(
+        ranks=tuple(sorted({r for layer in layers.values() for r in layer.r.values()})),
+        adapted=len(layers),
+        linear_layers=len(layers) + untouched,
+        trainable=sum(size for size, trains in sizes if trains),
+        parameters=sum(size for size, _ in sizes),
+        patterns=dict(patterns),
+    )
+
+
+def count_text(count: int) -> str:
+    """412 -> "412", 41_200 -> "41.2 K", 4_120_000 -> "4.12 M"."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= unit:
+            return (
+                f"{count / unit:.3g} {name}" if count < 1000 * unit else f"{count // unit} {name}"
+            )
+    return str(count)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    # ZeRO-3 leaves an empty tensor behind and remembers the number of elements.
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
