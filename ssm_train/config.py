@@ -288,7 +288,9 @@ def dump_yaml(cfg: RunConfig) -> str:
     """
     values = cfg.model_dump(exclude={"resume", "overwrite"})
     values["peft_overrides"] = cfg.peft_overrides.given()
-    return dump(values)
+    parts = (ModelSettings, DataSettings, OptimSettings, LoopSettings, EvalSettings)
+    order = ["name", *(key for part in parts for key in part.model_fields), *values]
+    return dump({key: values[key] for key in dict.fromkeys(order)})
 
 
 def describe_overrides(cfg: RunConfig, provenance: Mapping[str, str]) -> list[str]:
@@ -355,7 +357,7 @@ def _misspelt_variables(environment: Mapping[str, str]) -> Iterator[str]:
 def _explain(error: ValidationError, document: Document, provenance: Provenance) -> list[str]:
     """Schema violations as lines: where, which key, its value, what was expected."""
     problems: dict[str, None] = {}
-    for item in error.errors():
+    for item in sorted(error.errors(), key=lambda e: document.lines.get(e["loc"][:1], 0)):
         path: KeyPath = item["loc"]
         problems[_explain_one(path, item["type"], item["input"], document, provenance)] = None
     return list(problems)
@@ -373,12 +375,12 @@ def _explain_one(
     schema: type[Settings] = PeftOverrides if nested else RunConfig
     if kind == "extra_forbidden":
         known = list(schema.model_fields)
-        hint = near(str(path[-1]), known) or "; see `ssm-train train --help`"
+        hint = near(str(path[-1]), known) or f"; known: {', '.join(sorted(known))}"
         return f"{where}: unknown key {key!r}{hint}"
     field = schema.model_fields[str(path[-1]) if nested else head]
     if kind == "missing":
         return f"{where}: {key} is missing; it is required: {field.description}"
-    return f"{where}: {key} is {_short(value)}; expected {_expected(field)}"
+    return f"{where}: {key} is {_short(value)}; expected {expected(field)}"
 
 
 def _short(value: Any) -> str:
@@ -400,7 +402,7 @@ EXPECTED = {
 }
 
 
-def _expected(field: FieldInfo) -> str:
+def expected(field: FieldInfo) -> str:
     """In words what a field takes: its type, its bounds, and null when allowed."""
     bounds = []
     for rule in field.metadata:
@@ -421,5 +423,6 @@ def _expected(field: FieldInfo) -> str:
         return " or ".join(repr(option) for option in options or ())
     parts = [part.strip() for part in shown.replace("typing.", "").split("|")]
     words_ = [EXPECTED[part] for part in parts]
-    words_[0] = " ".join([words_[0], " and ".join(bounds)]).strip()
-    return " or ".join(words_)
+    if bounds:
+        words_[0] += f", {' and '.join(bounds)}"
+    return (", or " if bounds else " or ").join(words_)

@@ -25,8 +25,11 @@ class OptimSettings(Settings):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradient norm above which gradients are scaled down; 0 turns it off."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the running mean of the gradient."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the running mean of the squared gradient."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the denominator of the update."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Shape after warm-up; linear and cosine end at zero."""
     warmup_steps: int = Field(default=0, ge=0)

@@ -1,0 +1,280 @@
+"""Run configs: layers, where each value came from, round trips, run directories."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssm_train.config import (
+    ENVIRONMENT,
+    PeftOverrides,
+    RunConfig,
+    describe_overrides,
+    dump_yaml,
+    expected,
+    load_config,
+    run_directory,
+)
+from ssm_train.errors import InputError
+
+BASE = "data: quickstart\nnew_model: {model_type: gla}\n"
+
+
+def write(directory: Path, text: str, name: str = "run.yaml") -> Path:
+    path = directory / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(directory: Path, text: str = "", **layers: Any) -> tuple[RunConfig, dict[str, str]]:
+    return load_config(
+        write(directory, BASE + text), layers.get("command_line"), layers.get("environment")
+    )
+
+
+def test_old_keys_keep_their_defaults(tmp_path: Path) -> None:
+    cfg, _ = load(tmp_path)
+    kept = {
+        "val_data": None,
+        "val_data_split": "val",
+        "num_epochs": 10,
+        "prec": "bf16",
+        "peft": None,
+        "optim": "adamw_torch",
+        "learning_rate": 5e-4,
+        "seed": 42,
+        "gradient_accumulation_steps": 1,
+        "num_data_workers": 8,
+        "batch_size": 4,
+        "eval_gen": None,
+        "backend": "cuda",
+        "debug": False,
+        "resume": False,
+        "overwrite": False,
+        "lock": False,
+        "no_save": False,
+        "skip_eval": False,
+        "eval_epochs": 1,
+        "min_eval_metric_after_epoch": {},
+        "logits_to_keep": None,
+        "gradient_checkpointing": False,
+        "weight_decay": 0,
+        "max_grad_norm": 1.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0,
+        "max_steps": None,
+        "logging_steps": None,
+        "eval_steps": None,
+        "save_steps": None,
+        "eval_batch_size": None,
+        "max_length": None,
+        "output_root": "output/benchmark",
+    }
+    assert {key: getattr(cfg, key) for key in kept} == kept
+
+
+def test_file_then_command_line_then_environment(tmp_path: Path) -> None:
+    cfg, provenance = load(
+        tmp_path,
+        "learning_rate: 1e-3\nbatch_size: 8\nseed: 1\n",
+        command_line={"batch_size": "16", "seed": "2"},
+        environment={"HP_SEED": "3", "HP_LR": "", "UNRELATED": "x"},
+    )
+    assert (cfg.learning_rate, cfg.batch_size, cfg.seed) == (1e-3, 16, 3)
+    assert provenance["learning_rate"].endswith("run.yaml:3")
+    assert provenance["batch_size"] == "command line"
+    assert provenance["seed"] == "HP_SEED"
+    assert provenance["num_epochs"] == "default"
+
+
+def test_every_value_that_is_not_a_default_is_described(tmp_path: Path) -> None:
+    cfg, provenance = load(
+        tmp_path,
+        "peft: lora.json\n",
+        command_line={"eval_gen": "{num_beams: 4}"},
+        environment={"HP_PEFT_R": "16"},
+    )
+    lines = describe_overrides(cfg, provenance)
+    assert len(lines) == 5
+    assert lines[-2:] == [
+        'eval_gen = {"num_beams": 4}  (command line)',
+        "peft_overrides.r = 16  (HP_PEFT_R)",
+    ]
+
+
+VARIABLES = {
+    "HP_DATA": ("rte", "glue-tvt_rte"),
+    "HP_VAL_SPLIT": ("test", "test"),
+    "HP_BATCH_SIZE": ("16", 16),
+    "HP_EVAL_BATCH_SIZE": ("32", 32),
+    "HP_LR": ("2e-5", 2e-5),
+    "HP_EPOCHS": ("0.5", 0.5),
+    "HP_PREC": ("fp32", "fp32"),
+    "HP_SEED": ("7", 7),
+    "HP_MAX_STEPS": ("100", 100),
+    "HP_LOGGING_STEPS": ("5", 5),
+    "HP_EVAL_STEPS": ("20", 20),
+    "HP_SAVE_STEPS": ("30", 30),
+    "NUM_DATA_WORKERS": ("0", 0),
+    "GRADIENT_CHECKPOINTING": ("1", True),
+    "LOGITS_TO_KEEP": ("1", 1),
+    "LR_SCHEDULER_TYPE": ("cosine", "cosine"),
+    "LR_WARMUP_STEPS": ("10", 10),
+    "LR_WARMUP_RATIO": ("0.25", 0.25),
+    "HP_PEFT_R": ("16", 16),
+    "HP_PEFT_ALPHA": ("32", 32),
+    "HP_PEFT_DROPOUT": ("0.05", 0.05),
+    "HP_INIT": ("pissa_niter_4", "pissa_niter_4"),
+    "HP_PISSA_FAST": ("true", True),
+    "HP_USE_DORA": ("yes", True),
+    "HP_USE_RSLoRA": ("0", False),
+    "HP_PEFT_TYPE": ("sdlora", "sdlora"),
+    "HP_LORAGA_BATCH_SIZE": ("2", 2),
+    "HP_LORAGA_STEPS": ("3", 3),
+    "HP_LORAGA_LAYERWISE": ("on", True),
+    "HP_LORAGA_STABLE_C": ("1.5", 1.5),
+    "HP_WARMUP_IT": ("500", 500),
+    "HP_TRAIN_RATIO": ("0.4", 0.4),
+    "HP_FREEZE_RATIO": ("0.5", 0.5),
+    "HP_ZERO_RATIO": ("0.1", 0.1),
+}
+
+
+@pytest.mark.parametrize("variable", ENVIRONMENT)
+def test_every_variable_reaches_its_key(tmp_path: Path, variable: str) -> None:
+    text, value = VARIABLES[variable]
+    cfg, provenance = load(tmp_path, "peft: lora.json\n", environment={variable: text})
+    key = ENVIRONMENT[variable]
+    found: Any = cfg
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert provenance[key] == variable
+
+
+def test_every_peft_override_has_a_variable() -> None:
+    reached = {key.removeprefix("peft_overrides.") for key in ENVIRONMENT.values()}
+    assert set(PeftOverrides.model_fields) <= reached
+
+
+def test_given_overrides_only(tmp_path: Path) -> None:
+    cfg, _ = load(
+        tmp_path,
+        "peft: lora.json\n",
+        environment={"HP_PEFT_R": "4", "HP_INIT": "true", "HP_USE_DORA": "0"},
+    )
+    assert cfg.peft_overrides.given() == {"r": 4, "init_lora_weights": True, "use_dora": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5e-4", 5e-4), ("1E3", 1000.0), ("1", 1.0), (".5", 0.5), ("+1.5", 1.5), ("1_0.5", 10.5)],
+)
+def test_numbers_are_numbers(tmp_path: Path, text: str, value: float) -> None:
+    assert load(tmp_path, f"learning_rate: {text}\n")[0].learning_rate == value
+
+
+def test_words_stay_words(tmp_path: Path) -> None:
+    cfg, _ = load(tmp_path, "task: {labels: {0: no, 1: yes}, on: 2026-01-01, at: 1:30, o: 010}\n")
+    assert cfg.task == {
+        "labels": {0: "no", 1: "yes"}, "on": "2026-01-01", "at": "1:30", "o": "010",
+    }  # fmt: skip
+
+
+def test_command_line_text_stays_text_where_text_is_meant(tmp_path: Path) -> None:
+    cfg, _ = load(tmp_path, command_line={"val_data": "007", "name": "1e4", "revision": "null"})
+    assert (cfg.val_data, cfg.name, cfg.revision) == ("007", "1e4", None)
+
+
+def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:
+    cfg, _ = load(
+        tmp_path,
+        "learning_rate: 1e-5\nval_data: '1e5'\ntask: {prompt: 'no: {x}', a: 'null', b: '010'}\n"
+        "min_eval_metric_after_epoch: {2: 0.5}\npeft: {peft_type: LORA, r: 4}\n",
+        environment={"HP_PEFT_R": "8"},
+    )
+    again, _ = load_config(write(tmp_path, dump_yaml(cfg), "cfg.yaml"))
+    assert again == cfg
+    assert again.peft_overrides.r == 8
+    assert run_directory(again, "cfg.yaml") == run_directory(cfg, "run.yaml")
+
+
+def test_resolved_config_does_not_overwrite_when_run_again(tmp_path: Path) -> None:
+    cfg, _ = load(tmp_path, "overwrite: true\n")
+    again, _ = load_config(write(tmp_path, dump_yaml(cfg), "cfg.yaml"))
+    assert cfg.overwrite and not again.overwrite
+
+
+def test_json_run_config(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '{\n\t"data": "quickstart",\n\t"new_model": {"model_type": "mamba"},\n'
+        '\t"min_eval_metric_after_epoch": {"3": 0.5},\n\t"prec": "fp32"\n}\n',
+        "run.json",
+    )
+    cfg, provenance = load_config(path)
+    assert cfg.min_eval_metric_after_epoch == {3: 0.5}
+    assert provenance["prec"] == f"{path}:5"
+
+
+def test_peft_json_is_the_peft_of_the_default_mamba_run(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"peft_type": "LORA", "r": 8}', "lora_qkvo_r8_a16.json")
+    cfg, _ = load_config(path, {"data": "quickstart"}, {"HP_PEFT_R": "4"})
+    assert cfg.model is not None and "mamba" in cfg.model
+    assert cfg.peft == str(path)
+    assert cfg.peft_overrides.r == 4
+    assert run_directory(cfg, path).name == "lora_qkvo_r8_a16"
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("glue-tvt_cola", "glue-tvt_cola_seed42"),
+        ("some/where/train.jsonl", "train_seed42"),
+        ("org/set", "set_seed42"),
+        ("a b?.csv", "a_b__seed42"),
+    ],
+)
+def test_run_directory_is_named_after_the_data(tmp_path: Path, data: str, name: str) -> None:
+    cfg, _ = load(tmp_path, command_line={"data": data, "output_root": str(tmp_path)})
+    assert run_directory(cfg, "run.yaml") == tmp_path / name / "run"
+
+
+def test_output_root_variable_is_a_default(tmp_path: Path) -> None:
+    variables = {"SSM_TRAIN_OUTPUT": "elsewhere"}
+    cfg, provenance = load(tmp_path, environment=variables)
+    assert (cfg.output_root, provenance["output_root"]) == ("elsewhere", "SSM_TRAIN_OUTPUT")
+    cfg, _ = load(tmp_path, "output_root: here\n", environment=variables)
+    assert cfg.output_root == "here"
+
+
+def test_a_link_does_not_lead_out_of_the_output_root(tmp_path: Path) -> None:
+    (tmp_path / "root" / "quickstart_seed42").mkdir(parents=True)
+    (tmp_path / "root" / "quickstart_seed42" / "run").symlink_to(tmp_path)
+    cfg, _ = load(tmp_path, f"output_root: {tmp_path}/root\n")
+    with pytest.raises(InputError, match="outside output_root"):
+        run_directory(cfg, "run.yaml")
+
+
+def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
+    text = "learning_rat: 1\nbatch_size: four\nprec: fp8\n"
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, text, environment={"HP_SEED": "x"})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    source = tmp_path / "run.yaml"
+    assert f"{source}:3: unknown key 'learning_rat'; did you mean 'learning_rate'" in str(lines)
+    assert f"{source}:4: batch_size is 'four'; expected a whole number, at least 1" in lines
+    assert f"{source}:5: prec is 'fp8'; expected 'bf16' or 'fp16' or 'fp32'" in lines
+    assert "HP_SEED: seed is 'x'; expected a whole number, at least 0" in lines
+
+
+def test_every_key_is_described_and_every_type_has_words() -> None:
+    for schema in (RunConfig, PeftOverrides):
+        for key, field in schema.model_fields.items():
+            assert field.description, key
+            assert expected(field), key
