@@ -1,0 +1,119 @@
+"""Metrics against tables worked out by hand, and against sacrebleu and rouge-score."""
+
+import math
+
+import pytest
+import sacrebleu
+from rouge_score import rouge_scorer
+
+from ssm_train.errors import InputError
+from ssm_train.scores import OUT_OF_CLASS, compute_metrics
+
+# Two classes: TP 3, FN 1, FP 2, TN 4.
+REFERENCES = [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+PREDICTIONS = [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
+
+
+def score(name, predictions, references):
+    return compute_metrics([name], predictions, references)[name]
+
+
+def test_two_classes_by_hand():
+    assert score("accuracy", PREDICTIONS, REFERENCES) == 7 / 10
+    assert score("f1", PREDICTIONS, REFERENCES) == pytest.approx(6 / 9)
+    other = 8 / 11  # class 0: 2 * 4 / (2 * 4 + 1 + 2)
+    assert score("f1_macro", PREDICTIONS, REFERENCES) == pytest.approx((6 / 9 + other) / 2)
+    phi = (3 * 4 - 2 * 1) / math.sqrt((3 + 2) * (3 + 1) * (4 + 2) * (4 + 1))
+    assert score("matthews_correlation", PREDICTIONS, REFERENCES) == pytest.approx(phi)
+
+
+def test_three_classes_by_hand():
+    # Confusion (rows: reference): [[2, 1, 0], [0, 1, 1], [1, 0, 3]]
+    references = [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    predictions = [0, 0, 1, 1, 2, 0, 2, 2, 2]
+    macro = (2 * 2 / (3 + 3) + 2 * 1 / (2 + 2) + 2 * 3 / (4 + 4)) / 3
+    assert score("f1_macro", predictions, references) == pytest.approx(macro)
+    # c = 6, s = 9, t = (3, 2, 4), p = (3, 2, 4)
+    r_k = (6 * 9 - (9 + 4 + 16)) / math.sqrt((81 - 29) * (81 - 29))
+    assert score("matthews_correlation", predictions, references) == pytest.approx(r_k)
+    with pytest.raises(InputError, match="f1_macro"):
+        score("f1", predictions, references)
+
+
+def test_matthews_ends_of_its_range():
+    assert score("matthews_correlation", [0, 1, 1, 0], [0, 1, 1, 0]) == 1
+    assert score("matthews_correlation", [1, 0, 0, 1], [0, 1, 1, 0]) == -1
+    assert score("matthews_correlation", [1, 1, 1, 1], [0, 1, 1, 0]) == 0  # undefined
+
+
+def test_a_prediction_outside_the_label_set_is_wrong():
+    predictions = [1, 1, OUT_OF_CLASS, 0, 1, 1, 0, 0, 0, OUT_OF_CLASS]
+    assert score("accuracy", predictions, REFERENCES) == 5 / 10
+    assert score("f1", predictions, REFERENCES) == pytest.approx(4 / (4 + 4))
+    # c = 5, s = 10, t = (6, 4), p = (4, 4, 2 outside)
+    r_k = (5 * 10 - (4 * 6 + 4 * 4)) / math.sqrt((100 - 36) * (100 - 52))
+    assert score("matthews_correlation", predictions, REFERENCES) == pytest.approx(r_k)
+    assert score("f1_macro", [OUT_OF_CLASS] * 2, [0, 1]) == 0
+
+
+ANSWERS = [
+    "the cat sat on the mat today",
+    "a quick brown fox jumps over dogs",
+    "no",
+    "there is nothing here in common",
+]
+SEVERAL = [
+    ["the cat sat on the mat", "a cat was sitting on the mat today"],
+    ["the quick brown fox jumps over the lazy dog"],
+    ["no", "nope , never", "not at all"],
+    ["something else entirely"],
+]
+
+
+def test_bleu_of_one_reference_is_sacrebleus():
+    single = [rs[0] for rs in SEVERAL]
+    expected = sacrebleu.corpus_bleu(ANSWERS, [single]).score
+    assert 1 < expected < 99
+    assert score("bleu", ANSWERS, [[r] for r in single]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_bleu_of_varying_numbers_of_references():
+    # A repeated reference changes nothing, so that a full table is the oracle for a ragged one.
+    full = [(rs * 3)[:3] if len(rs) != 2 else [*rs, rs[0]] for rs in SEVERAL]
+    expected = sacrebleu.corpus_bleu(ANSWERS, [list(stream) for stream in zip(*full, strict=True)])
+    single = score("bleu", ANSWERS, [rs[:1] for rs in SEVERAL])
+    assert score("bleu", ANSWERS, SEVERAL) == pytest.approx(expected.score, abs=1e-9)
+    assert expected.score > single + 1
+
+
+def test_bleu_by_hand():
+    # Precisions 4/5, 2/4, 1/3 and, smoothed, 1/2/2; same length: no brevity penalty.
+    expected = 100 * (4 / 5 * 2 / 4 * 1 / 3 * 1 / 4) ** 0.25
+    assert score("bleu", ["a b c x d"], [["a b c y d"]]) == pytest.approx(expected)
+
+
+def test_rouge_takes_the_best_reference_of_each_example():
+    values = compute_metrics(["rouge"], ANSWERS, SEVERAL)
+    names = ["rouge1", "rouge2", "rougeL"]
+    assert list(values) == names
+    scorer = rouge_scorer.RougeScorer(names)
+    for name in names:
+        best = [
+            max(scorer.score(r, p)[name].fmeasure for r in rs)
+            for p, rs in zip(ANSWERS, SEVERAL, strict=True)
+        ]
+        assert values[name] == pytest.approx(sum(best) / 4)
+    # One pair by hand: 6 of 7 and 6 of 6 words.
+    one = compute_metrics(["rouge"], ANSWERS[:1], [SEVERAL[0][:1]])
+    assert one["rouge1"] == pytest.approx(2 * 6 / 13)
+
+
+def test_exact_match_looks_at_words_and_every_reference():
+    references = [["a b"], ["x", "c  d"], ["e"], [""]]
+    assert score("exact_match", [" a  b\n", "c d", "E", ""], references) == 3 / 4
+
+
+def test_names_are_checked_and_keep_their_order():
+    assert list(compute_metrics(["f1", "accuracy"], [1], [1])) == ["f1", "accuracy"]
+    with pytest.raises(InputError, match="'acuracy'; did you mean 'accuracy'"):
+        compute_metrics(["acuracy"], [1], [1])
