@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +62,24 @@ def tiny_model(tiny_stock_model: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return build
+
+
+@pytest.fixture
+def write_tokenizer() -> Callable[..., None]:
+    """(directory, number of words, eos=True): a word-level tokenizer's files."""
+
+    def write(directory: Path, size: int = 61, eos: bool = True) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = ["<unk>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, size))]
+        tokenizer = Tokenizer(
+            models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        names = {"unk_token": "<unk>", "bos_token": "<bos>"} | (
+            {"eos_token": "<eos>"} if eos else {}
+        )
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
+
+    return write

@@ -14,7 +14,7 @@ from transformers.models.mamba import modeling_mamba as stock1
 from transformers.models.mamba2 import modeling_mamba2 as stock2
 
 from ssm_train.adapters import common, loading, mamba_checkpoint
-from ssm_train.adapters.base import Batch, LossSum, ModelSpec, Prepared, Traits
+from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
 from ssm_train.adapters.mamba_mixer import GatedRMSNorm, Mamba2Mixer, MambaMixer
 from ssm_train.errors import InputError
 from ssm_train.kernels import causal_conv1d, selective_scan, ssd
@@ -192,7 +192,8 @@ def adopt(model: nn.Module) -> None:
         if isinstance(module, (MambaMixer, Mamba2Mixer)):
             common.retype(module, {nn.Conv1d: common.CausalConv1d})
         if isinstance(module, MambaMixer):
-            common.retype(module.dt_proj, {nn.Linear: common.Fp32BiasLinear})
+            layer = getattr(module.dt_proj, "base_layer", module.dt_proj)  # under a PEFT layer
+            common.retype(layer, {nn.Linear: common.Fp32BiasLinear})
         if isinstance(module, Mamba2Mixer):
             module.norm.group_size = module.intermediate_size // module.n_groups
 
@@ -208,8 +209,18 @@ class MambaAdapter:
     kernels: dict[str, Any]
     """op -> its package."""
 
+    def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
+        """See `adapters.base.ModelAdapter`."""
+        chosen = {op: package.implementation() for op, package in self.kernels.items()}
+        if kernels != "auto" and (others := set(chosen.values()) - {kernels}):
+            raise InputError(
+                f"kernels: {kernels} was asked for, but {self.name} runs on {min(others)} "
+                f"kernels on {device} ({', '.join(chosen)}); use kernels: auto"
+            )
+        return chosen
+
     def prepare(self, spec: ModelSpec) -> Prepared:
-        kernels = self._choose_kernels(spec)
+        kernels = self.choose_kernels(spec.kernels, spec.device)
         tokenizer = loading.load_tokenizer(spec, default=DEFAULT_TOKENIZER)
         model = self._load(spec, tokenizer)
         adopt(model)
@@ -224,15 +235,6 @@ class MambaAdapter:
 
     def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return common.token_logits(model, batch)
-
-    def _choose_kernels(self, spec: ModelSpec) -> dict[str, str]:
-        chosen = {op: package.implementation() for op, package in self.kernels.items()}
-        if spec.kernels != "auto" and (others := set(chosen.values()) - {spec.kernels}):
-            raise InputError(
-                f"kernels: {spec.kernels} was asked for, but {self.name} runs on {min(others)} "
-                f"kernels here ({', '.join(chosen)}); use kernels: auto"
-            )
-        return chosen
 
     def _load(self, spec: ModelSpec, tokenizer: Any) -> Any:
         if spec.model is not None:

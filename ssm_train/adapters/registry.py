@@ -37,7 +37,7 @@ def gla() -> Family:
         )
     from ssm_train.adapters import gla
 
-    return gla.GlaAdapter(), gla.adopt
+    return gla.GLA, gla.adopt
 
 
 # model_type -> what imports its file; a new family is one line.
