@@ -222,7 +222,7 @@ def evaluate_generation(
                 example=i,
                 input=tokenizer.decode(prompts[i]),
                 input_ids=[int(t) for t in prompts[i]],
-                prediction=tokenizer.decode(answer, skip_special_tokens=True),
+                prediction=tokenizer.decode(answer),  # a stray special token is a mistake
                 prediction_ids=answer,
                 labels=list(references[i]),
                 label_ids=[
