@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
@@ -148,7 +150,11 @@ def read_weights(model: str, revision: str | None) -> dict[str, Tensor]:
         path = loading.fetch(model, file, revision)
         if path is None:
             continue
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise InputError(f"model: {path} cannot be read as weights: {reason}") from error
     raise InputError(f"model: {model} has none of the files {', '.join(loading.WEIGHT_FILES)}")
