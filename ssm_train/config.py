@@ -359,7 +359,10 @@ def _explain(error: ValidationError, document: Document, provenance: Provenance)
     problems: dict[str, None] = {}
     for item in sorted(error.errors(), key=lambda e: document.lines.get(e["loc"][:1], 0)):
         path: KeyPath = item["loc"]
-        problems[_explain_one(path, item["type"], item["input"], document, provenance)] = None
+        line = _explain_one(path, item["type"], item["input"], document, provenance)
+        if item["type"] == "value_error":  # a component's own check, with its own words
+            line = f"{line.partition(': ')[0]}: {item['ctx']['error']}"
+        problems[line] = None
     return list(problems)
 
 

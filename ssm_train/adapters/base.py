@@ -138,6 +138,10 @@ class ModelAdapter(Protocol):
     name: str
     traits: Traits
 
+    def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
+        """op -> implementation on this device. Raises InputError when the choice cannot run."""
+        ...
+
     def prepare(self, spec: ModelSpec) -> Prepared:
         """Weights, tokenizer, dtype islands, kernels; no PEFT, no data."""
         ...

@@ -319,6 +319,10 @@ class GlaAdapter:
     name = "gla"
     traits = TRAITS
 
+    def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
+        """See `adapters.base.ModelAdapter`."""
+        return choose_kernels(kernels, device)
+
     def prepare(self, spec: ModelSpec) -> Prepared:
         """See `adapters.base.ModelAdapter`. A checkpoint's own tokenizer wins over the spec's."""
         kernels = choose_kernels(spec.kernels, spec.device)
