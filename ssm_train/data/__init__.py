@@ -13,7 +13,8 @@ class DataSettings(Settings):
     """Which examples, and how they become batches."""
 
     data: str
-    """A JSONL/Parquet/CSV path, a data set name (docs/data.md), or "quickstart"."""
+    """A JSONL/JSON/CSV/Parquet file, a directory of train/val/test files, or a data set name
+    (docs/data.md) such as "quickstart"."""
     val_data: str | None = None
     """Evaluation data; None: the evaluation split of `data`."""
     val_data_split: str = "val"
@@ -35,6 +36,6 @@ class DataSettings(Settings):
     group_by_length: bool = True
     """Batches of similar lengths: less padding, same examples per epoch."""
     num_data_workers: int = Field(default=8, ge=0)
-    """Processes that tokenize; the batches themselves are made by the training process."""
+    """Processes that tokenize large data; the batches are made by the training process."""
     seed: int = Field(default=42, ge=0)
     """Data order, initialisation and dropout."""

@@ -1,0 +1,64 @@
+"""The tasks that have a name, and how the `task:` of a config is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from ssm_train.data.tasks.dart import DART
+from ssm_train.data.tasks.quickstart import QUICKSTART
+from ssm_train.data.tasks.text import ClassificationTask, GenerationTask, Task
+from ssm_train.errors import InputError, near
+
+SST2 = ClassificationTask(
+    type="classification",
+    prompt="review : {sentence} \nfeeling :",
+    label_field="label",
+    labels={0: " negative", 1: " positive"},
+    metrics=["accuracy"],
+)
+
+TASKS: dict[str, Task] = {
+    "dart": DART,
+    "quickstart": QUICKSTART,
+    "sst2": SST2,
+}
+
+TYPES: dict[str, type[ClassificationTask] | type[GenerationTask]] = {
+    "classification": ClassificationTask,
+    "generation": GenerationTask,
+}
+
+
+def build_task(spec: str | Mapping[str, Any]) -> Task:
+    """A task from its name, or from a mapping {type, prompt, ...}. Raises InputError."""
+    if isinstance(spec, str):
+        if spec not in TASKS:
+            raise InputError(
+                f"task: unknown name {spec!r}{near(spec, TASKS)}; known: {', '.join(TASKS)}, "
+                f"or a mapping with type, prompt, ..."
+            )
+        return TASKS[spec]
+    kind = spec.get("type")
+    if kind not in TYPES:
+        raise InputError(f"task.type is {kind!r}; expected {' or '.join(TYPES)}")
+    try:
+        return TYPES[kind].model_validate(dict(spec))
+    except ValidationError as error:
+        raise InputError(_explain(error, TYPES[kind])) from None
+
+
+def _explain(error: ValidationError, schema: type[ClassificationTask | GenerationTask]) -> str:
+    """The first violation in one line."""
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        known = list(schema.model_fields)
+        return f"task: unknown key {key!r}{near(key, known)}; known: {', '.join(known)}"
+    description = schema.model_fields[key].description
+    if first["type"] == "missing":
+        return f"task.{key} is missing: {description}"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"task.{key} is {str(first['input'])[:60]!r}: {reason}; expected: {description}"

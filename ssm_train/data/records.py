@@ -1,0 +1,152 @@
+"""Reads records (mappings of fields) from JSONL, JSON, CSV, TSV and Parquet, one at a time, each
+with the number that an error message needs to name it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssm_train.errors import InputError
+
+Numbered = tuple[int, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Records:
+    """Numbered records of one source. `rows` can be gone through once."""
+
+    name: str
+    """Path or data set name, as the user knows it."""
+    rows: Iterable[Numbered]
+    by_line: bool = False
+    """Whether the numbers are lines of a file; else they count records from 1."""
+
+    def where(self, number: int) -> str:
+        return f"{self.name}:{number}" if self.by_line else f"{self.name}, record {number}"
+
+
+def read_records(path: Path) -> Records:
+    """The records of a file, whose suffix says the format; read lazily.
+
+    Raises InputError: no such file, not a file, unknown suffix, and while reading: unreadable,
+    malformed (with the line), a record that is not a mapping.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give the path of a data file")
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; give a {' '.join(sorted(READERS))} file")
+    if path.suffix not in READERS:
+        raise InputError(
+            f"{path}: unknown format {path.suffix!r}; known: {' '.join(sorted(READERS))}"
+        )
+    reader, by_line = READERS[path.suffix]
+    return Records(str(path), _readable(path, reader), by_line)
+
+
+def _readable(path: Path, reader: Callable[[Path], Iterator[Numbered]]) -> Iterator[Numbered]:
+    try:
+        yield from reader(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error.reason}; convert it") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[Numbered]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                record = _parse_json(line, f"{path}:{number}")
+                yield number, _mapping(record, f"{path}:{number}")
+
+
+def _read_json(path: Path) -> Iterator[Numbered]:
+    values = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
+    if not isinstance(values, list):
+        raise InputError(
+            f"{path} holds a JSON {json_type(values)}; expected a list of records "
+            "(one record a line is .jsonl)"
+        )
+    for number, record in enumerate(values, start=1):
+        yield number, _mapping(record, f"{path}, record {number}")
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f":{error.lineno}" if "\n" in text.strip() else ""
+        raise InputError(
+            f"{where}{line}: malformed JSON at column {error.colno}: {error.msg}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        raise InputError(f"{where}: unusable JSON: {error}") from None
+
+
+def _mapping(record: Any, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: a record is {json_type(record)}; expected {{field: value}}")
+    return record
+
+
+def _read_table(path: Path, delimiter: str) -> Iterator[Numbered]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        table = csv.reader(lines, delimiter=delimiter, strict=True)
+        try:
+            header = next(table, [])
+            if len(set(header)) < len(header):
+                raise InputError(f"{path}:1: a column name occurs twice in {header}")
+            for values in table:
+                if len(values) == len(header):
+                    yield table.line_num, dict(zip(header, values, strict=True))
+                elif values:
+                    raise InputError(
+                        f"{path}:{table.line_num}: {len(values)} values; "
+                        f"the header has {len(header)} columns"
+                    )
+        except csv.Error as error:
+            raise InputError(f"{path}:{table.line_num}: malformed CSV: {error}") from None
+
+
+def _read_csv(path: Path) -> Iterator[Numbered]:
+    return _read_table(path, ",")
+
+
+def _read_tsv(path: Path) -> Iterator[Numbered]:
+    return _read_table(path, "\t")
+
+
+def _read_parquet(path: Path) -> Iterator[Numbered]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        number = 0
+        with parquet.ParquetFile(path) as table:
+            for part in table.iter_batches():
+                for record in part.to_pylist():
+                    number += 1
+                    yield number, record
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+READERS: dict[str, tuple[Callable[[Path], Iterator[Numbered]], bool]] = {
+    ".jsonl": (_read_jsonl, True),
+    ".ndjson": (_read_jsonl, True),
+    ".json": (_read_json, False),
+    ".csv": (_read_csv, True),
+    ".tsv": (_read_tsv, True),
+    ".parquet": (_read_parquet, False),
+}
+"""Suffix -> reader, and whether its numbers are lines."""
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the type of `value`, with an article's worth of context for messages."""
+    names = {dict: "object", list: "list", str: "text", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "number")

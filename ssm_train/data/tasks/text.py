@@ -1,0 +1,204 @@
+"""How a record becomes prompt and label by templates: classification over label words, and
+generation with one or more references."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, field_validator
+
+from ssm_train.data.records import json_type
+from ssm_train.errors import InputError, near
+from ssm_train.settings import Settings
+
+CLASSIFICATION_METRICS = ("accuracy", "f1", "mcc")
+GENERATION_METRICS = ("exact_match", "bleu", "rouge1", "rouge2", "rougeL")
+
+Record = Mapping[str, Any]
+
+
+class Rendered(NamedTuple):
+    """The texts of one example."""
+
+    prompt: str
+    label: str
+    """Text to be learnt; for classification the label word."""
+    references: tuple[str, ...]
+    """Every right answer, without spaces around it; for generation metrics."""
+
+
+@lru_cache
+def parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
+    """`"is {x} so"` as (text, field after it or None) pairs; `{{` is a brace.
+
+    Raises ValueError for anything but plain names in braces.
+    """
+    pieces = []
+    for text, field, spec, conversion in string.Formatter().parse(template):
+        if field is not None and (not field.isidentifier() or spec or conversion):
+            raise ValueError(f"{{{field}}} is not a plain field name in braces")
+        pieces.append((text, field))
+    return tuple(pieces)
+
+
+def fill(template: str, record: Record, **replacements: str) -> str:
+    """The template with its fields' values. Raises InputError without a place."""
+    parts = []
+    for text, field in parse_template(template):
+        parts.append(text)
+        if field in replacements:
+            parts.append(replacements[field])
+        elif field is not None:
+            parts.append(linearise(field, field_value(record, field)))
+    return "".join(parts)
+
+
+def field_value(record: Record, field: str) -> Any:
+    """Raises InputError when the record has no such field."""
+    if field not in record:
+        hint = near(field, record) or f"; it has {', '.join(map(repr, record)) or 'none'}"
+        raise InputError(f"no field {field!r}{hint}")
+    return record[field]
+
+
+def linearise(field: str, value: Any) -> str:
+    """A field as text: text and numbers as they are, a list joined by " : ", a list of lists
+    joined by " | " (DART: `Mars : MOON : Phobos | Mars : MOON : Deimos`).
+
+    Raises InputError for null, mappings and deeper lists.
+    """
+    if isinstance(value, list) and value:
+        if not any(isinstance(item, list) for item in value):
+            return " : ".join(_plain(field, item) for item in value)
+        if all(isinstance(item, list) and item for item in value):
+            return " | ".join(" : ".join(_plain(field, part) for part in item) for item in value)
+    return _plain(field, value)
+
+
+def _plain(field: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)
+    raise InputError(
+        f"field {field!r} is or holds {json_type(value)} {str(value)[:40]!r}; expected text, "
+        "a number, or a non-empty list (of lists) of them"
+    )
+
+
+def _check_template(template: str) -> str:
+    if not any(field for _, field in parse_template(template)):
+        raise ValueError("has no {field}")
+    return template
+
+
+def _known_metrics(names: list[str], known: tuple[str, ...]) -> list[str]:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown metric {name!r}; known: {', '.join(known)}")
+    return names
+
+
+class ClassificationTask(Settings):
+    """The label is one token, chosen among the label words."""
+
+    type: Literal["classification"]
+    prompt: str
+    """Template of the text before the label."""
+    label_field: str
+    """Field that holds the class."""
+    labels: dict[str | int | bool, str] = Field(min_length=2)
+    """Value of the label field -> label word, which has to be one token."""
+    metrics: list[str] = Field(default=list(CLASSIFICATION_METRICS), min_length=1)
+    """Of accuracy, f1, mcc; the first one chooses the best checkpoint."""
+
+    _check_prompt = field_validator("prompt")(_check_template)
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, labels: dict[Any, str]) -> dict[Any, str]:
+        if len({_label_key(value) for value in labels}) < len(labels):
+            raise ValueError("two values read the same")
+        return labels
+
+    @field_validator("metrics")
+    @classmethod
+    def _check_metrics(cls, names: list[str]) -> list[str]:
+        return _known_metrics(names, CLASSIFICATION_METRICS)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The classes, in order, each once (several values may share a word)."""
+        return tuple(dict.fromkeys(self.labels.values()))
+
+    @cached_property
+    def _word_of(self) -> dict[str, str]:
+        return {_label_key(value): word for value, word in self.labels.items()}
+
+    def render(self, record: Record, *, training: bool) -> list[Rendered]:
+        """One example. Raises InputError without a place: field missing, class unknown."""
+        value = field_value(record, self.label_field)
+        word = None if isinstance(value, list | dict) else self._word_of.get(_label_key(value))
+        if word is None:
+            known = ", ".join(map(repr, self.labels))
+            raise InputError(f"label {value!r} in field {self.label_field!r}; known: {known}")
+        return [Rendered(fill(self.prompt, record), word, (word.strip(),))]
+
+
+def _label_key(value: Any) -> str:
+    """CSV has only text and JSON keys are text: 1, "1" and 1.0 are one class."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class GenerationTask(Settings):
+    """The label is text, ended by the end-of-text token."""
+
+    type: Literal["generation"]
+    prompt: str
+    """Template of the text before the label."""
+    label: str
+    """Template of the text to learn. A field that is a list holds several references."""
+    references: Literal["first", "each"] = "first"
+    """Learn the first reference of a record, or each as an example of its own."""
+    metrics: list[str] = Field(default=["bleu", "rougeL", "exact_match"], min_length=1)
+    """Of exact_match, bleu, rouge1, rouge2, rougeL; the first one chooses the best checkpoint."""
+
+    _check_templates = field_validator("prompt", "label")(_check_template)
+
+    @field_validator("metrics")
+    @classmethod
+    def _check_metrics(cls, names: list[str]) -> list[str]:
+        return _known_metrics(names, GENERATION_METRICS)
+
+    def render(self, record: Record, *, training: bool) -> list[Rendered]:
+        """One example, or one a reference (`references: each`, in training).
+
+        Raises InputError without a place: field missing, of a wrong type, label empty.
+        """
+        fields = [field for _, field in parse_template(self.label) if field]
+        lists = [field for field in fields if isinstance(field_value(record, field), list)]
+        if len(set(lists)) > 1:
+            raise InputError(f"fields {lists[0]!r} and {lists[1]!r} of the label are both lists")
+        if lists:
+            labels = [
+                fill(self.label, record, **{lists[0]: _plain(lists[0], item)})
+                for item in record[lists[0]]
+            ]
+        else:
+            labels = [fill(self.label, record)]
+        if not labels or not all(label.strip() for label in labels):
+            raise InputError(f"the label {self.label!r} is empty")
+        prompt = fill(self.prompt, record)
+        references = tuple(label.strip() for label in labels)
+        learnt = labels if training and self.references == "each" else labels[:1]
+        return [Rendered(prompt, label, references) for label in learnt]
+
+
+Task = ClassificationTask | GenerationTask
