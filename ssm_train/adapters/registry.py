@@ -40,11 +40,22 @@ def gla() -> Family:
     return gla.GLA, gla.adopt
 
 
+def bamba() -> Family:
+    from ssm_train.adapters import bamba
+
+    return bamba.BAMBA, bamba.adopt
+
+
 # model_type -> what imports its file; a new family is one line.
-FAMILIES: dict[str, Callable[[], Family]] = {"mamba": mamba, "mamba2": mamba2, "gla": gla}
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "mamba": mamba,
+    "mamba2": mamba2,
+    "gla": gla,
+    "bamba": bamba,
+}
 # Relatives that look loadable and are not: a mixer of theirs, or attention between the mixers.
 RELATIVES = (
-    *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba3"),
+    *("falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba3"),
     *("nemotron_h", "plamo2", "qwen3_next", "recurrent_gemma", "rwkv", "zamba", "zamba2"),
 )
 

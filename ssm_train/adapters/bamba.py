@@ -1,0 +1,142 @@
+"""Bamba: softmax attention and Mamba-2 in one model. Attention is transformers', the mixer ours.
+
+Packing is not offered: attention would see over document boundaries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import BambaConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.bamba import modeling_bamba as stock
+
+from ssm_train.adapters import common, loading
+from ssm_train.adapters.base import Batch, LossSum, ModelSpec, Prepared, Traits
+from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer
+from ssm_train.errors import InputError
+from ssm_train.kernels import causal_conv1d, ssd
+
+TRAITS = Traits(
+    lora_targets=(
+        *("in_proj", "out_proj"),
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    ),
+    raw_weight_reads=("conv1d", "out_proj"),
+    keep_fp32=("A_log", "D", "dt_bias"),
+    no_decay=("A_log", "D", "dt_bias", "norm.weight")
+    + ("input_layernorm.weight", "pre_ff_layernorm.weight", "final_layernorm.weight"),
+    supports=frozenset({"cached_decode", "grad_ckpt"}),
+)
+
+
+class BambaMixer(CachedMixer, stock.BambaMixer):
+    """Mamba-2 under other names of configuration: the same parameters, the same forward."""
+
+    fp32_names = Mamba2Mixer.fp32_names
+    forward = Mamba2Mixer.forward  # type: ignore[assignment]
+
+
+class BambaRMSNormGated(stock.BambaRMSNormGated):
+    group_size: int
+    forward = GatedRMSNorm.forward  # type: ignore[assignment]
+
+
+class BambaForCausalLM(stock.BambaForCausalLM):
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        target_positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        **model_inputs: Any,
+    ) -> CausalLMOutputWithPast:
+        """See `common.head_outputs` for what comes back."""
+        assert cu_seqlens is None, "Bamba's attention does not know packed documents"
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **model_inputs,
+        )
+        loss, logits = common.head_outputs(
+            self,
+            outputs.last_hidden_state,
+            target_positions=target_positions,
+            targets=targets,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+        )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    stock.BambaForCausalLM: BambaForCausalLM,
+    stock.BambaMixer: BambaMixer,
+    stock.BambaRMSNormGated: BambaRMSNormGated,
+    nn.Conv1d: common.CausalConv1d,  # Bamba's only convolutions are the mixers'
+}
+
+
+def adopt(model: Any) -> None:
+    """Gives transformers' Bamba our forwards, in place; weights and names stay."""
+    common.retype(model, OURS)
+    mixers: list[Any] = [m for m in model.modules() if isinstance(m, BambaMixer)]
+    for mixer in mixers:
+        mixer.norm.group_size = mixer.intermediate_size // mixer.n_groups
+
+
+class BambaAdapter:
+    name = "bamba"
+    traits = TRAITS
+
+    def prepare(self, spec: ModelSpec) -> Prepared:
+        kernels = {"causal_conv1d": causal_conv1d.implementation(), "ssd": ssd.implementation()}
+        if spec.kernels not in ("auto", *kernels.values()):
+            raise InputError(
+                f"kernels: {spec.kernels} was asked for, but bamba runs on {kernels['ssd']} "
+                "kernels here; use kernels: auto"
+            )
+        tokenizer = loading.load_tokenizer(spec)
+        if spec.model is not None:
+            model = loading.load_weights(stock.BambaForCausalLM, spec)
+        else:
+            values = {key: v for key, v in (spec.new_model or {}).items() if key != "model_type"}
+            if tokenizer is not None:
+                values.setdefault("vocab_size", len(tokenizer))
+            config = loading.make_config(BambaConfig, values)
+            with spec.init_context():
+                model = stock.BambaForCausalLM(config)
+        adopt(model)
+        loading.align_tokenizer(model, tokenizer, spec.model or "new_model")
+        common.cast_storage(model, spec.dtype, self.traits.keep_fp32)
+        if spec.gradient_checkpointing:
+            common.enable_gradient_checkpointing(model)
+        return Prepared(model.to(spec.device), tokenizer, self.traits, kernels)
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
+        return common.token_losses(model, batch)
+
+    def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return common.token_logits(model, batch)
+
+
+BAMBA = BambaAdapter()
