@@ -382,7 +382,8 @@ def _explain_one(
         return f"{where}: unknown key {key!r}{hint}"
     field = schema.model_fields[str(path[-1]) if nested else head]
     if kind == "missing":
-        return f"{where}: {key} is missing; it is required: {field.description}"
+        meaning = " ".join(str(field.description).split())
+        return f"{where}: {key} is missing; it is required: {meaning}"
     return f"{where}: {key} is {_short(value)}; expected {expected(field)}"
 
 
@@ -418,7 +419,7 @@ def expected(field: FieldInfo) -> str:
             if (limit := getattr(rule, attribute, None)) is not None:
                 bounds.append(f"{words} {limit:g}")
         if getattr(rule, "pattern", None):
-            return str(field.description)
+            return " ".join(str(field.description).split())
     annotation = field.annotation
     options = getattr(annotation, "__args__", None)
     shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)

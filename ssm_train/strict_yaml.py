@@ -112,7 +112,10 @@ def parse_yaml(text: str, source: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}" if mark else source
-        raise InputError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+        reason = error.problem or error.context
+        if error.context and (begin := error.context_mark):
+            reason = f"{reason}, {error.context} that begins in line {begin.line + 1}"
+        raise InputError(f"{place}: not valid YAML: {reason}") from None
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{source}: not valid YAML: {reason}") from None
