@@ -33,8 +33,18 @@ def tiny_config(family: str, **changes: Any) -> Any:
     return Mamba2Config(**values | {"head_dim": 8, "num_heads": 6, "n_groups": 2} | changes)
 
 
+def grouped_norm(self: Any, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Mamba-2's gated norm as mamba_ssm defines it: each group of channels by itself."""
+    x = x * torch.sigmoid(gate) * gate
+    groups = x.split(getattr(self, "group_size", x.shape[-1]), dim=-1)
+    normed = [
+        g / (g.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt() for g in groups
+    ]
+    return self.weight * torch.cat(normed, -1)
+
+
 @pytest.fixture
-def tiny_stock_model() -> Callable[..., Any]:
+def tiny_stock_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """(family, **config changes) -> transformers' own model in fp32, all weights random."""
 
     def build(family: str, **changes: Any) -> Any:
@@ -45,6 +55,12 @@ def tiny_stock_model() -> Callable[..., Any]:
         with torch.no_grad():  # no zeros or ones: each parameter must matter
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        if family == "mamba2" and not hasattr(model.backbone.layers[0].mixer.norm, "group_size"):
+            # transformers 5.17 takes all groups together, a mistake that later ones corrected.
+            for layer in model.backbone.layers:
+                mixer = layer.mixer
+                mixer.norm.group_size = mixer.intermediate_size // mixer.n_groups
+                monkeypatch.setattr(type(mixer.norm), "forward", grouped_norm)
         return model
 
     return build

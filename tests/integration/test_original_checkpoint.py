@@ -108,8 +108,8 @@ def test_logits_are_those_of_the_equal_transformers_model(
     torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=1e-5, atol=1e-5)
 
     model.save_pretrained(tmp_path / "as_transformers")
-    again = type(stock).from_pretrained(tmp_path / "as_transformers").eval()
-    torch.testing.assert_close(again(ids).logits, stock(ids).logits, rtol=1e-5, atol=1e-5)
+    again = type(stock).from_pretrained(tmp_path / "as_transformers").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in stock.state_dict().items())
 
 
 @pytest.mark.parametrize(
