@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ssm_train.errors import InputError, near
@@ -13,12 +14,15 @@ OUT_OF_CLASS = -1  # the prediction of a token that is no label: never right
 
 
 def compute_metrics(
-    names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any]
+    names: Sequence[str],
+    predictions: Sequence[Any],
+    references: Sequence[Any],
+    num_classes: int = 2,
 ) -> dict[str, float]:
-    """Metrics of `names`, in that order; `rouge` gives rouge1, rouge2 and rougeL.
+    """Metrics of `names`, in that order.
 
-    Classification: class indices (OUT_OF_CLASS: wrong). Generation: texts, and a list of reference
-    texts for each. Raises InputError for an unknown name.
+    Classification: class indices below `num_classes`, or OUT_OF_CLASS, which is wrong. Generation:
+    texts, and a list of reference texts for each. Raises InputError for an unknown name.
     """
     assert len(predictions) == len(references) > 0, (len(predictions), len(references))
     values: dict[str, float] = {}
@@ -27,8 +31,8 @@ def compute_metrics(
             raise InputError(
                 f"metric: unknown {name!r}{near(name, METRICS)} (known: {', '.join(METRICS)})"
             )
-        value = METRICS[name](predictions, references)
-        values |= value if isinstance(value, dict) else {name: value}
+        of_classes = {"num_classes": num_classes} if name == "f1" else {}
+        values[name] = METRICS[name](predictions, references, **of_classes)
     return values
 
 
@@ -47,15 +51,10 @@ def f1_of(positive: int, predictions: Sequence[int], references: Sequence[int]) 
     return 2 * hits / claims if claims else 0.0
 
 
-def f1_binary(predictions: Sequence[int], references: Sequence[int]) -> float:
-    """F1 of class 1."""
-    if max(references) > 1:
-        raise InputError(f"metric: f1 is for two classes, not {max(references) + 1}; use f1_macro")
-    return f1_of(1, predictions, references)
-
-
-def f1_macro(predictions: Sequence[int], references: Sequence[int]) -> float:
-    """Mean F1 of the classes that occur in predictions or references."""
+def f1(predictions: Sequence[int], references: Sequence[int], num_classes: int) -> float:
+    """Two classes: F1 of class 1. More: mean F1 of those in predictions or references."""
+    if num_classes == 2:
+        return f1_of(1, predictions, references)
     classes = {*predictions, *references} - {OUT_OF_CLASS}
     return sum(f1_of(c, predictions, references) for c in classes) / len(classes)
 
@@ -101,24 +100,23 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     return BLEU(force=True).corpus_score(list(predictions), streams).score
 
 
-def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """ROUGE-1, 2 and L (Lin 2004): mean F-measure, the best reference of each example."""
+def rouge(kind: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """ROUGE-1, 2 or L (Lin 2004): mean F-measure, the best reference of each example."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    names = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(names)
+    scorer = RougeScorer([kind])
     scores = [
-        scorer.score_multi(list(rs), p) for p, rs in zip(predictions, references, strict=True)
+        scorer.score_multi(list(rs), p)[kind].fmeasure
+        for p, rs in zip(predictions, references, strict=True)
     ]
-    return {name: sum(float(s[name].fmeasure) for s in scores) / len(scores) for name in names}
+    return sum(map(float, scores)) / len(scores)
 
 
-METRICS: dict[str, Callable[[Any, Any], float | dict[str, float]]] = {
+METRICS: dict[str, Callable[..., float]] = {
     "accuracy": accuracy,
-    "f1": f1_binary,
-    "f1_macro": f1_macro,
-    "matthews_correlation": matthews_correlation,
+    "f1": f1,
+    "mcc": matthews_correlation,
     "exact_match": exact_match,
     "bleu": bleu,
-    "rouge": rouge,
+    **{kind: partial(rouge, kind) for kind in ("rouge1", "rouge2", "rougeL")},
 }
