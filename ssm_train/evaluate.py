@@ -165,7 +165,8 @@ def evaluate_classification(
     choices = gather_in_order(mine, gather)
     values = loss_metrics(math.fsum(c.loss for c in choices), len(choices))
     predictions = [c.prediction for c in choices]
-    values |= compute_metrics(metrics, predictions, [c.target for c in choices])
+    targets = [c.target for c in choices]
+    values |= compute_metrics(metrics, predictions, targets, num_classes=len(label_ids))
     values["out_of_cls"] = predictions.count(OUT_OF_CLASS) / len(predictions)
     return values, choices
 
