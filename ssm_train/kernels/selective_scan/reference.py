@@ -63,7 +63,7 @@ def selective_scan(
     initial = initial.reshape(len(spans), rows, -1, channels)
 
     wide = (v.to(dtype).transpose(0, 1) for v in (u, dt, B, C))  # time first
-    y, final = _Scan.apply(*wide, A.to(dtype).mT, initial, spans)
+    y, final = _Scan.apply(*wide, A.to(dtype).mT.contiguous(), initial, spans)
     y = y.transpose(0, 1)
     if D is not None:
         y = torch.addcmul(y, u.to(dtype), D.to(dtype))
