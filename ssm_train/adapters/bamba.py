@@ -116,21 +116,10 @@ class BambaAdapter:
                 "kernels here; use kernels: auto"
             )
         tokenizer = loading.load_tokenizer(spec)
-        if spec.model is not None:
-            model = loading.load_weights(stock.BambaForCausalLM, spec)
-        else:
-            values = {key: v for key, v in (spec.new_model or {}).items() if key != "model_type"}
-            if tokenizer is not None:
-                values.setdefault("vocab_size", len(tokenizer))
-            config = loading.make_config(BambaConfig, values)
-            with spec.init_context():
-                model = stock.BambaForCausalLM(config)
+        model = loading.load_or_make(stock.BambaForCausalLM, BambaConfig, spec, tokenizer)
         adopt(model)
-        loading.align_tokenizer(model, tokenizer, spec.model or "new_model")
-        common.cast_storage(model, spec.dtype, self.traits.keep_fp32)
-        if spec.gradient_checkpointing:
-            common.enable_gradient_checkpointing(model)
-        return Prepared(model.to(spec.device), tokenizer, self.traits, kernels)
+        model = common.finish(model, spec, tokenizer, self.traits)
+        return Prepared(model, tokenizer, self.traits, kernels)
 
     def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
         return common.token_losses(model, batch)

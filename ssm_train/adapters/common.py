@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_train.adapters.base import Batch, LossSum
+from ssm_train.adapters import loading
+from ssm_train.adapters.base import Batch, LossSum, ModelSpec, Traits
 from ssm_train.kernels.causal_conv1d import causal_conv1d
 from ssm_train.loss import sum_cross_entropy
 
@@ -86,6 +87,15 @@ def enable_gradient_checkpointing(model: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def finish(model: Any, spec: ModelSpec, tokenizer: Any, traits: Traits) -> nn.Module:
+    """The last steps of every `prepare`: special ids, storage dtypes, checkpointing, device."""
+    loading.align_tokenizer(model, tokenizer, spec.model or "new_model")
+    cast_storage(model, spec.dtype, traits.keep_fp32)
+    if spec.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model.to(spec.device)
+
+
 def head_outputs(
     lm: Any,
     hidden: Tensor,
@@ -104,6 +114,7 @@ def head_outputs(
     * `labels` [B, T]: Hugging Face's meaning, shifted inside, mean over labels that are not -100;
     * else the logits of the last `logits_to_keep` positions, or of all.
     """
+    assert targets is None or target_positions is not None, "targets need target_positions"
     if target_positions is not None:
         logits = target_logits(hidden, lm.lm_head, target_positions)
         return (None, logits) if targets is None else (sum_cross_entropy(logits, targets), None)

@@ -5,7 +5,7 @@ fla's Triton kernels run on a GPU, plain PyTorch elsewhere; nothing reads a weig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -278,7 +278,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 
 def adopt(model: Any, kernels: KernelChoice = "auto") -> GLAForCausalLM:
     """Gives a stock fla model our forwards, in place; also under PEFT layers."""
-    refuse_what_is_not_covered(model.config)
+    refuse_what_is_not_covered(model.config.to_dict())
     common.retype(model, OURS)
     for module in model.modules():
         if isinstance(module, GatedLinearAttention):
@@ -289,13 +289,12 @@ def adopt(model: Any, kernels: KernelChoice = "auto") -> GLAForCausalLM:
     return model
 
 
-def refuse_what_is_not_covered(config: Any) -> None:
+def refuse_what_is_not_covered(config: Mapping[str, Any]) -> None:
     for name, meaning in (
         ("attn", "softmax attention in some layers"),
         ("attnres_block_size", "attention over residuals"),
     ):
-        value = config.get(name) if isinstance(config, dict) else getattr(config, name)
-        if value is not None:
+        if (value := config.get(name)) is not None:
             raise InputError(
                 f"GLA with {name}={value!r} ({meaning}) is not supported; use a checkpoint "
                 f"whose config.json has {name}: null"
@@ -331,36 +330,18 @@ class GlaAdapter:
         tokenizer = loading.load_tokenizer(spec)
         if spec.model is not None:
             refuse_what_is_not_covered(loading.read_config(spec.model, spec.revision))
-            model = loading.load_weights(GLAForCausalLM, spec)
         else:
-            model = make_model(spec, tokenizer)
+            refuse_what_is_not_covered(spec.new_model or {})
+        model = loading.load_or_make(GLAForCausalLM, fla_model.GLAConfig, spec, tokenizer)
         adopt(model, spec.kernels)
-        loading.align_tokenizer(model, tokenizer, spec.model or "new_model")
-        common.cast_storage(model, spec.dtype, self.traits.keep_fp32)
-        if spec.gradient_checkpointing:
-            common.enable_gradient_checkpointing(model)
-        return Prepared(model.to(spec.device), tokenizer, self.traits, kernels)
+        model = common.finish(model, spec, tokenizer, self.traits)
+        return Prepared(model, tokenizer, self.traits, kernels)
 
     def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
         return common.token_losses(model, batch)
 
     def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return common.token_logits(model, batch)
-
-
-def make_model(spec: ModelSpec, tokenizer: Any) -> GLAForCausalLM:
-    """A new model with random weights, from `spec.new_model`."""
-    values = dict(spec.new_model or {})
-    values.pop("model_type", None)
-    if tokenizer is not None:
-        values.setdefault("vocab_size", len(tokenizer))
-    config = loading.make_config(fla_model.GLAConfig, values)
-    refuse_what_is_not_covered(config)
-    try:
-        with spec.init_context():
-            return GLAForCausalLM(config)
-    except (AssertionError, KeyError, ValueError) as error:  # how fla refuses sizes and names
-        raise InputError(f"new_model: fla cannot build this GLA: {error}") from error
 
 
 GLA = GlaAdapter()

@@ -111,6 +111,25 @@ def load_weights(model_class: Any, spec: ModelSpec) -> Any:
     return model
 
 
+def load_or_make(model_class: Any, config_class: Any, spec: ModelSpec, tokenizer: Any) -> Any:
+    """`spec.model` from its files, or `spec.new_model` with random weights, both in fp32.
+
+    A new model that names no vocab_size gets one embedding per id of the tokenizer.
+    """
+    if spec.model is not None:
+        return load_weights(model_class, spec)
+    values = {key: value for key, value in (spec.new_model or {}).items() if key != "model_type"}
+    if tokenizer is not None:
+        values.setdefault("vocab_size", len(tokenizer))
+    config = make_config(config_class, values)
+    try:
+        with spec.init_context():
+            return model_class(config)
+    except (AssertionError, KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())  # how libraries refuse sizes and names
+        raise InputError(f"new_model: {config_class.__name__} cannot be built: {reason}") from error
+
+
 def check_names(
     model: str,
     *,
@@ -184,5 +203,8 @@ def align_tokenizer(model: nn.Module, tokenizer: Any, name: str) -> None:
             "model's own tokenizer, or a larger vocab_size for a new model"
         )
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, key, getattr(tokenizer, key))
-        setattr(model.generation_config, key, getattr(tokenizer, key))
+        token_id = getattr(tokenizer, key)
+        for config in (model.config, model.generation_config):
+            known = getattr(config, key)
+            if not (isinstance(known, list) and token_id in known):  # several ends of text: kept
+                setattr(config, key, token_id)
