@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from torch import nn
+
 ADAPTER = """\
 ---
 {base}library_name: peft
@@ -49,12 +51,14 @@ effect, which is why these weights exist.
 """
 
 
-def adapter_card(config: Any) -> str:
-    """Model card of an exported adapter, from its PEFT config."""
+def adapter_card(config: Any, model: nn.Module) -> str:
+    """Model card of an exported adapter, from its PEFT config and the model it was trained on."""
     name = one_line(config.base_model_name_or_path)
     targets = config.target_modules
     ssm_lora = str(config.peft_type.value) != "LORA"
-    imports = ["import ssm_train.peft"] if ssm_lora else []
+    of_fla = any(cls.__module__.startswith("fla.") for cls in type(model).__mro__)
+    imports = ["import fla.models  # the base model's classes"] if of_fla else []
+    imports += ["import ssm_train.peft"] if ssm_lora else []
     imports += ["from peft import PeftModel", "from transformers import AutoModelForCausalLM"]
     return ADAPTER.format(
         base=base_line(name),

@@ -63,7 +63,8 @@ def export_adapter(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(directory / "README.md", lambda path: path.write_text(adapter_card(config)))
+    card = adapter_card(config, peft_model.get_base_model())
+    _replace(directory / "README.md", lambda path: path.write_text(card))
     text = json.dumps(_as_json(config), indent=2, sort_keys=True) + "\n"
     _replace(directory / CONFIG, lambda path: path.write_text(text))
     _verify(directory, tensors)

@@ -5,7 +5,8 @@ projection of every family; what may be adapted and what cannot be.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -118,11 +119,14 @@ class LoraMethod:
 
         model, settings = prepared.model, self.settings
         targets = resolve_targets(model, prepared.traits, settings)
-        config = SsmLoraConfig(
-            task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
-            target_modules=targets,
-            **settings.model_dump(exclude={"target_modules"}),
-        )
+        with warnings.catch_warnings():
+            # PEFT's own conversion cannot undo PiSSA with rsLoRA and patterns; our export can.
+            warnings.filterwarnings("ignore", message="Using Rank-Stabilized LoRA with")
+            config = SsmLoraConfig(
+                task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+                target_modules=targets,
+                **settings.model_dump(exclude={"target_modules"}),
+            )
         prepared.model = get_peft_model(model, config)
         for parameter in prepared.model.parameters():
             if parameter.requires_grad:
@@ -138,6 +142,29 @@ class LoraMethod:
 
     def stages(self) -> tuple[str, ...]:
         return ("train",)
+
+    def changed_base(self, model: nn.Module) -> dict[str, Tensor]:
+        """PiSSA, OLoRA: the base weights that gave a part away, and the factors that took it."""
+        if not self.settings.changes_base:
+            return {}
+        return {
+            **{f"initial.{name}": tensor for name, tensor in self.initial.items()},
+            **{
+                f"weight.{name}": layer.get_base_layer().weight.detach()
+                for name, layer in lora_layers(model).items()
+            },
+        }
+
+    def restore_base(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """An SVD need not come out the same on another machine: a resumed run takes the old one."""
+        self.initial = {
+            name.removeprefix("initial."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("initial.")
+        }
+        with torch.no_grad():
+            for name, layer in lora_layers(model).items():
+                layer.get_base_layer().weight.copy_(tensors[f"weight.{name}"])
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import LoraConfig, LoraModel, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
@@ -34,6 +35,17 @@ class SsmLoraModel(LoraModel):
         super()._prepare_model(peft_config, model)
         if hasattr(model, "config"):
             adopt(model)
+
+    def _create_and_replace(  # type: ignore[no-untyped-def, override]
+        self, lora_config, adapter_name, target: nn.Linear, *where, **options
+    ) -> None:
+        """PEFT casts new factors to the base's dtype; rounded to bf16, an SVD is not the weight."""
+        weight = target.weight
+        stored = weight.dtype
+        if stored in (torch.bfloat16, torch.float16):
+            weight.data = weight.data.float()
+        super()._create_and_replace(lora_config, adapter_name, target, *where, **options)
+        weight.data = weight.data.to(stored)
 
     def _check_target_module_compatiblity(
         self, peft_config: PeftConfig, model: nn.Module, target_name: str

@@ -4,7 +4,7 @@ Everything here is checked before a model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from ssm_train.peft.lora import LoraMethod, LoraSettings
 from ssm_train.settings import Settings
 from ssm_train.strict_yaml import read_document
 
-METHODS: dict[str, tuple[type[Settings], type[PeftMethod]]] = {"LORA": (LoraSettings, LoraMethod)}
+Method = tuple[type[Settings], Callable[[Any], PeftMethod]]
+
+METHODS: dict[str, Method] = {"LORA": (LoraSettings, LoraMethod)}
 """peft_type -> the settings it takes, the method it is."""
 
 # What PEFT writes into every adapter_config.json; says nothing about how to train.
@@ -40,8 +42,7 @@ class PeftSpec:
 
     def make(self) -> PeftMethod:
         """The method, ready to be injected into one model."""
-        method: Any = METHODS[self.peft_type][1]
-        return method(self.settings)
+        return METHODS[self.peft_type][1](self.settings)
 
 
 def load_peft(
