@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from ssm_train.cli import BAD_INPUT, main
+from ssm_train.cli import BAD_INPUT, DONE, main
 
 RECORDS = [{"question": f"a {n} b", "answer": f"{n} c"} for n in ["one", "two", "three", "four"]]
 WORKS: dict[str, Any] = {
     "data": "train.jsonl",
+    "val_data": "train.jsonl",
     "task": {"type": "generation", "prompt": "{question} =>", "label": "{answer}"},
     "new_model": {
         "model_type": "mamba",
@@ -34,7 +35,7 @@ WORKS: dict[str, Any] = {
 }
 REMOVED = object()
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["in_proj"]}
-NO_LABEL = '{"question": "q", "answer": "x"}\n{"question": "q"}\n'
+CLASSES = {"type": "classification", "prompt": "{question}", "label_field": "answer"}
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,89 @@ COMMAND_LINE = [
          files={"cfg.yaml": ""}),
 ]  # fmt: skip
 
-CASES = [*FILES, *KEYS, *TOGETHER, *COMMAND_LINE]
+GOOD = '{"question": "q", "answer": "x"}\n'
+DATA = [
+    changed("no data file", {"data": "nope.jsonl"}, "nope.jsonl", "data"),
+    changed("no data set", {"data": "quikstart"}, "data: quikstart", "'quickstart'"),
+    changed("no task", {"task": REMOVED}, "task is missing", "docs/data.md"),
+    changed("unknown task", {"task": "sst3"}, "'sst3'", "'sst2'"),
+    changed("no validation data", {"val_data": REMOVED}, "train.jsonl", "'val'", "set val_data"),
+    changed("empty data", {}, "train.jsonl", "no records", files={"train.jsonl": ""}),
+    changed(
+        "malformed record",
+        *({}, "train.jsonl:2", "malformed JSON"),
+        files={"train.jsonl": GOOD + '{"question": \n'},
+    ),
+    changed(
+        "record that is a list",
+        *({}, "train.jsonl:2", "a list"),
+        files={"train.jsonl": GOOD + "[1]\n"},
+    ),
+    changed(
+        "record without the field",
+        *({}, "train.jsonl:2", "'answer'"),
+        files={"train.jsonl": GOOD + '{"question": "q"}\n'},
+    ),
+    changed(
+        "label outside the set",
+        {"task": {**CLASSES, "labels": {"one c": "yes", "two c": "no"}}},
+        *("train.jsonl:3", "'three c'", "'answer'", "known"),
+    ),
+    changed("batch larger than data", {"batch_size": 9}, "4 training examples", "batch_size 9"),
+    changed("all too long", {"max_length": 2}, "max_length", "2"),
+    changed("tokenizer key", {"tokenizer": {"type": "word", "size": 9}}, "tokenizer", "'size'"),
+]
+
+MODELS = [
+    changed("model of no family", {"new_model": {"model_type": "gpt9"}}, "gpt9", "mamba"),
+    changed("a hybrid", {"new_model": {"model_type": "jamba"}}, "jamba", "mamba"),
+    changed(
+        "model that is nowhere",
+        {"model": "no/such-mamba", "new_model": REMOVED},
+        *("no/such-mamba", "model"),
+    ),
+    changed(
+        "directory without a model",
+        {"model": "./empty", "new_model": REMOVED},
+        *("empty", "config.json"),
+        files={"empty/x": ""},
+    ),
+    changed("no such tokenizer", {"tokenizer": "no/such-words"}, "tokenizer", "no/such-words"),
+    changed("no GPU for Triton", {"kernels": "triton"}, "kernels", "triton", "auto"),
+]
+
+PEFT = [
+    changed("no PEFT file", {"peft": "nope.json"}, "nope.json", "does not exist"),
+    changed(
+        "malformed PEFT file",
+        {"peft": "lora.json"},
+        *("lora.json:2", "not valid JSON"),
+        files={"lora.json": '{"peft_type": "LORA",\n}'},
+    ),
+    changed("PEFT method", {"peft": {**LORA, "peft_type": "LORRA"}}, "'LORRA'", "LORA"),
+    changed("PEFT key", {"peft": {**LORA, "lora_alhpa": 1}}, "'lora_alhpa'", "'lora_alpha'"),
+    changed("rank zero", {"peft": {**LORA, "r": 0}}, "peft: r is 0", "1"),
+    changed(
+        "targets that match nothing",
+        {"peft": {**LORA, "target_modules": ["in_proj", "inn_proj"]}},
+        *("'inn_proj'", "in_proj"),
+    ),
+    changed("rank larger than the matrix", {"peft": {**LORA, "r": 64}}, "64", "8", "in_proj"),
+    changed("convolution", {"peft": {**LORA, "target_modules": ["conv1d"]}}, "conv1d", "full"),
+]
+
+DIRECTORIES = [
+    changed(
+        "files in the way",
+        *({}, "output/train_seed42/run", "move them or set output_root"),
+        files={"output/train_seed42/run/precious.txt": ""},
+    ),
+    changed("nothing to resume", {"resume": True}, "--resume", "output/train_seed42/run"),
+    changed("output below a file", {"output_root": "train.jsonl"}, "train.jsonl", "output_root"),
+    changed("tracker that is missing", {"trackers": ["swanlab"]}, "swanlab", "pip install swanlab"),
+]
+
+CASES = [*FILES, *KEYS, *TOGETHER, *COMMAND_LINE, *DATA, *MODELS, *PEFT, *DIRECTORIES]
 IN_A_PROCESS = ("no config file", "repeated key", "unknown key", "variable", "two models")
 
 
@@ -218,11 +301,31 @@ def test_bad_input_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if case.id == "tracker that is missing":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for variable, value in case.variables.items():
         monkeypatch.setenv(variable, value)
     arguments = case.write(directory)
     code = main(arguments)
     check(case, code, capsys.readouterr().err, directory)
+
+
+def test_the_run_that_the_cases_change_works(directory: Path) -> None:
+    assert main(Case("works", ()).write(directory)) == DONE
+    assert (directory / "output/train_seed42/run/cfg.yaml").is_file()
+
+
+def test_a_used_run_directory_is_left_alone(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = directory / "output/train_seed42/run/cfg.yaml"
+    arguments = Case("used", (), files={str(marker.relative_to(directory)): "kept"}).write(
+        directory
+    )
+    assert main(arguments) == BAD_INPUT
+    message = capsys.readouterr().err
+    assert "output/train_seed42/run" in message and "--resume" in message
+    assert marker.read_text() == "kept"
 
 
 @pytest.mark.parametrize("name", IN_A_PROCESS)
