@@ -224,11 +224,8 @@ class MambaAdapter:
         tokenizer = loading.load_tokenizer(spec, default=DEFAULT_TOKENIZER)
         model = self._load(spec, tokenizer)
         adopt(model)
-        loading.align_tokenizer(model, tokenizer, spec.model or "new_model")
-        common.cast_storage(model, spec.dtype, self.traits.keep_fp32)
-        if spec.gradient_checkpointing:
-            common.enable_gradient_checkpointing(model)
-        return Prepared(model.to(spec.device), tokenizer, self.traits, kernels)
+        model = common.finish(model, spec, tokenizer, self.traits)
+        return Prepared(model, tokenizer, self.traits, kernels)
 
     def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
         return common.token_losses(model, batch)
@@ -237,17 +234,18 @@ class MambaAdapter:
         return common.token_logits(model, batch)
 
     def _load(self, spec: ModelSpec, tokenizer: Any) -> Any:
-        if spec.model is not None:
-            if mamba_checkpoint.is_original(loading.read_config(spec.model, spec.revision)):
-                return mamba_checkpoint.load(spec)
-            return loading.load_weights(self.model_class, spec)
-        values = dict(spec.new_model or {})
-        values.pop("model_type", None)
-        if tokenizer is not None:
-            values.setdefault("vocab_size", len(tokenizer))
-        config = loading.make_config(self.config_class, values)
-        with spec.init_context():
-            return self.model_class(config)
+        if spec.model is not None and mamba_checkpoint.is_original(
+            loading.read_config(spec.model, spec.revision)
+        ):
+            return mamba_checkpoint.load(spec)
+        model = loading.load_or_make(self.model_class, self.config_class, spec, tokenizer)
+        config = model.config
+        if config.model_type == "mamba2" and config.num_heads % config.n_groups:
+            raise InputError(
+                f"new_model: num_heads {config.num_heads} is not a multiple of n_groups "
+                f"{config.n_groups}; choose n_groups so that every group has as many heads"
+            )
+        return model
 
 
 MAMBA = MambaAdapter(

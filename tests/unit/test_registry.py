@@ -151,3 +151,30 @@ def test_a_tokenizer_larger_than_the_model_is_refused(
     tokenizer = loading.load_tokenizer(ModelSpec(tokenizer=str(tmp_path)))
     with pytest.raises(InputError, match="62 ids but this has 61"):
         loading.align_tokenizer(tiny_model("mamba"), tokenizer, "this")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"new_model": {"model_type": "mamba", "hidden_size": -8}}, "MambaConfig cannot be built"),
+        ({"new_model": {"model_type": "mamba2", "hidden_size": 8}}, "Inconsistent configuration"),
+        (
+            {
+                "new_model": {
+                    "model_type": "mamba2",
+                    "hidden_size": 12,
+                    "num_heads": 3,
+                    "head_dim": 8,
+                    "n_groups": 2,
+                }
+            },
+            "num_heads 3 is not a multiple of n_groups 2",
+        ),
+        ({"new_model": {"model_type": "mamba"}, "kernels": "triton"}, "kernels: triton was asked"),
+    ],
+)
+def test_new_models_that_cannot_be(changes: dict[str, Any], words: str) -> None:
+    spec = ModelSpec(**changes)
+    with pytest.raises(InputError, match=words) as error:
+        registry.resolve(spec)[0].prepare(spec)
+    assert "\n" not in str(error.value)
