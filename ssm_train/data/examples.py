@@ -224,8 +224,8 @@ def find_label_tokens(task: Task, tokenizer: Any) -> dict[str, int]:
         word: tokenizer.convert_ids_to_tokens(word_ids)
         for word, word_ids in zip(task.words, ids, strict=True)
     }
-    bad = {w: t for w, t in shown.items() if len(t) != 1 or t[0] == tokenizer.unk_token} or shown
-    word, tokens_of_word = next(iter(bad.items()))
+    unknown = tokenizer.unk_token
+    word, tokens_of_word = max(shown.items(), key=lambda item: (unknown in item[1], len(item[1])))
     raise InputError(
         f"task.labels: {word!r} is not one token of its own for this tokenizer but "
         f"{tokens_of_word}; choose other label words"

@@ -55,7 +55,7 @@ def _mix(x: Keys) -> Keys:
     return x ^ (x >> np.uint64(31))
 
 
-@dataclass(frozen=True)
+@dataclass
 class PaddedOrder:
     """Steps of `batch_size * world * accumulation` examples, every example once an epoch, the
     remainder left out (another one each epoch).
@@ -69,6 +69,8 @@ class PaddedOrder:
     accumulation: int = 1
     seed: int = 0
     group_by_length: bool = True
+    _block: tuple[int, int, Indices] | None = field(default=None, compare=False)
+    """The block last sorted: epoch, number, examples."""
 
     def __post_init__(self) -> None:
         if len(self.lengths) < self.global_batch:
@@ -94,18 +96,25 @@ class PaddedOrder:
         if not self.group_by_length:
             start = step * self.global_batch
             return permute(np.arange(start, start + self.global_batch), size, keys)
-        # Sorted inside a block of the permuted examples and cut into steps; then the steps of
-        # the block change places.
         steps_per_block = max(1, BLOCK // self.global_batch)
         block, step = divmod(step, steps_per_block)
-        first = block * steps_per_block
-        steps_here = min(steps_per_block, self.steps_per_epoch - first)
-        start = first * self.global_batch
-        examples = permute(np.arange(start, start + steps_here * self.global_batch), size, keys)
-        examples = examples[np.argsort(self.lengths[examples], kind="stable")]
+        examples = self._sorted_block(epoch, block, steps_per_block)
+        # The steps of a block change places, so that lengths come in no order.
+        steps_here = len(examples) // self.global_batch
         swaps = round_keys(self.seed, epoch, 1 + block)
         place = int(permute(np.array([step]), steps_here, swaps)[0])
         return examples[place * self.global_batch : (place + 1) * self.global_batch]
+
+    def _sorted_block(self, epoch: int, block: int, steps_per_block: int) -> Indices:
+        """The permuted examples of some whole steps, by length."""
+        if self._block is None or self._block[:2] != (epoch, block):
+            last = min((block + 1) * steps_per_block, self.steps_per_epoch)
+            first = block * steps_per_block * self.global_batch
+            places = np.arange(first, last * self.global_batch)
+            examples = permute(places, len(self.lengths), round_keys(self.seed, epoch))
+            examples = examples[np.argsort(self.lengths[examples], kind="stable")]
+            self._block = epoch, block, examples
+        return self._block[2]
 
     def micro_batches(self, step: int) -> list[Indices]:
         """[accumulation x world] micro-batches; number a * world + r is rank r's a-th."""

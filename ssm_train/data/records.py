@@ -68,7 +68,7 @@ def _read_json(path: Path) -> Iterator[Numbered]:
     values = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
     if not isinstance(values, list):
         raise InputError(
-            f"{path} holds a JSON {json_type(values)}; expected a list of records "
+            f"{path} holds {json_type(values)}; expected a list of records "
             "(one record a line is .jsonl)"
         )
     for number, record in enumerate(values, start=1):
@@ -147,6 +147,6 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[Numbered]], bool]] = {
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls the type of `value`, with an article's worth of context for messages."""
-    names = {dict: "object", list: "list", str: "text", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "number")
+    """What JSON calls the type of `value`, for messages."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), "a number")

@@ -95,6 +95,15 @@ def open_split(settings: DataSettings, split: str) -> Records:
     return open_records(name, split, key)
 
 
+def has_split(settings: DataSettings, split: str) -> bool:
+    """Whether there are records of that split, without reading them."""
+    try:
+        open_split(settings, split)
+    except InputError:
+        return False
+    return True
+
+
 def open_records(name: str, split: str, key: str = "data") -> Records:
     """Records of a data set name, a directory's split or a file; `key` is the config's."""
     dataset, size = _split_name(name)

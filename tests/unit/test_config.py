@@ -11,11 +11,11 @@ from ssm_train.config import (
     RunConfig,
     describe_overrides,
     dump_yaml,
-    expected,
     load_config,
     run_directory,
 )
 from ssm_train.errors import InputError
+from ssm_train.explain import expected
 
 BASE = "data: quickstart\nnew_model: {model_type: gla}\n"
 

@@ -1,0 +1,179 @@
+"""Tokenization: parts apart, label spans, what is dropped or refused, here or in processes."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ssm_train.data import examples
+from ssm_train.data.examples import find_label_tokens, tokenize_records
+from ssm_train.data.records import Records
+from ssm_train.data.tasks import build_task
+from ssm_train.data.vocabulary import build_tokenizer
+from ssm_train.errors import InputError
+
+COPY = build_task({"type": "generation", "prompt": "say {a}", "label": "{b}"})
+MOOD = build_task(
+    {
+        "type": "classification",
+        "prompt": "{text} :",
+        "label_field": "y",
+        "labels": {0: "bad", 1: "good"},
+    }
+)
+
+
+def records(rows: list[dict]) -> Records:
+    return Records("some.jsonl", enumerate(rows, start=1), by_line=True)
+
+
+def rows(count: int) -> list[dict]:
+    return [{"a": "x " * (i % 5 + 1), "b": "y " * (i % 3 + 1) + str(i)} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def words():
+    numbers = " ".join(map(str, range(60)))
+    return build_tokenizer([f"say x y z bad good : {numbers}"], {"type": "word"})
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    spaced = "x ga ge gi go gu ba be bi bo bu"  # so that " g" and " b" are merged first
+    return build_tokenizer(["say hello hello", "x good bad", spaced] * 9, {"type": "bpe"})
+
+
+def test_prompt_and_label_are_tokenized_apart(pieces):
+    """In one piece "hel" + "lo" would be one token; apart, no merge crosses the boundary."""
+    task = build_task({"type": "generation", "prompt": "say {a}", "label": "{b}"})
+    assert len(pieces.tokenize(" hello")) == 1
+    data = tokenize_records(records([{"a": "hel", "b": "lo"}]), task, pieces, training=True)
+    eos = pieces.eos_token_id
+    assert data.prompt_ids(0).tolist() == pieces("say hel")["input_ids"]
+    assert data.label_ids(0).tolist() == [*pieces("lo")["input_ids"], eos]
+    assert data.example_ids(0).tolist() == [*data.prompt_ids(0), *data.label_ids(0)]
+
+
+def test_flat_arrays_hold_every_example(words):
+    many = rows(50)
+    data = tokenize_records(records(many), COPY, words, training=False)
+    assert len(data) == 50 and data.ids.dtype == np.int32 and data.dropped == 0
+    for i, row in enumerate(many):
+        assert words.decode(data.prompt_ids(i)).split() == ["say", *row["a"].split()]
+        assert words.decode(data.label_ids(i)).split() == [*row["b"].split(), "<eos>"]
+    assert data.lengths.tolist() == [len(data.example_ids(i)) for i in range(50)]
+    assert data.references[4] == (many[4]["b"],)
+
+
+def test_special_tokens_in_the_text_are_text(pieces):
+    row = {"a": "<eos>", "b": "<eos><pad>"}
+    data = tokenize_records(records([row]), COPY, pieces, training=True)
+    special = {pieces.eos_token_id, pieces.pad_token_id}
+    assert not special & set(data.prompt_ids(0).tolist())
+    assert [i for i in data.label_ids(0).tolist() if i in special] == [pieces.eos_token_id]
+    assert pieces.decode(data.label_ids(0)[:-1]) == "<eos><pad>"
+
+
+def test_classification_labels_are_one_token(words):
+    rows = [{"text": "x x", "y": 1}, {"text": "y", "y": "0"}]
+    data = tokenize_records(records(rows), MOOD, words, training=True)
+    good, bad = words.convert_tokens_to_ids(["good", "bad"])
+    assert data.class_ids == (bad, good)
+    assert [data.label_ids(i).tolist() for i in range(2)] == [[good], [bad]]
+
+
+@pytest.mark.parametrize("written", ["good", " good"])
+def test_label_words_find_the_spelling_that_is_one_token(pieces, written):
+    """Byte-level BPE learnt " good" with its space; "good" alone is several tokens."""
+    assert len(pieces.tokenize(" good")) == 1 < len(pieces.tokenize("good"))
+    task = MOOD.model_copy(update={"labels": {0: written.replace("good", "bad"), 1: written}})
+    tokens = find_label_tokens(task, pieces)
+    assert tokens[written] == pieces.convert_tokens_to_ids("Ġgood")
+
+
+def test_label_words_that_are_not_one_token(words, pieces):
+    task = MOOD.model_copy(update={"labels": {0: "good", 1: "fantabulous"}})
+    with pytest.raises(InputError, match=r"task.labels: 'fantabulous' .*\['<unk>'\]"):
+        find_label_tokens(task, words)
+    with pytest.raises(InputError, match=r"'fantabulous' is not one token .*\['f', 'a', 'n'"):
+        find_label_tokens(task, pieces)
+    with pytest.raises(InputError, match="task.labels"):
+        find_label_tokens(MOOD.model_copy(update={"labels": {0: "x", 1: " x"}}), words)
+
+
+def test_too_long_is_dropped_in_training_and_counted(words):
+    many = rows(30)
+    whole = tokenize_records(records(many), COPY, words, training=True)
+    data = tokenize_records(records(many), COPY, words, training=True, max_length=7)
+    kept = [i for i in range(30) if whole.lengths[i] <= 7]
+    assert 0 < len(kept) < 30 and data.dropped == 30 - len(kept)
+    assert [data.example_ids(j).tolist() for j in range(len(data))] == [
+        whole.example_ids(i).tolist() for i in kept
+    ]
+    evaluation = tokenize_records(records(many), COPY, words, training=False, max_length=7)
+    assert len(evaluation) == 30 and evaluation.dropped == 0
+    with pytest.raises(InputError, match="all 30 examples are longer than 4 .*shortest has 5"):
+        tokenize_records(records(many), COPY, words, training=True, max_length=4)
+
+
+def test_limit_counts_records(words):
+    task = COPY.model_copy(update={"references": "each"})
+    both = [{"a": "x", "b": ["y", "y z"]}] * 5
+    assert len(tokenize_records(records(both), task, words, training=True, limit=2)) == 4
+    assert len(tokenize_records(records(both), task, words, training=False, limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        (COPY, [], "some.jsonl holds no records"),
+        (COPY, [{"a": "x", "b": "y"}, {"a": "x"}], "some.jsonl:2: no field 'b'"),
+        (COPY, [{"a": "x", "b": "y"}, {"a": "x", "b": None}], "some.jsonl:2: field 'b' is"),
+        (MOOD, [{"text": "x", "y": 7}], "some.jsonl:1: label 7 in field 'y'; known: 0, 1"),
+        (
+            build_task({"type": "generation", "prompt": "{a}", "label": "{a}"}),
+            [{"a": "x"}, {"a": ""}],
+            "some.jsonl:2: the label '{a}' is empty",
+        ),
+        (
+            build_task({"type": "generation", "prompt": "{a}", "label": "{b}"}),
+            [{"a": " ", "b": "x"}],
+            "some.jsonl:1: the prompt has no tokens",
+        ),
+    ],
+)
+def test_bad_records_are_named_with_their_line(words, task, rows, message):
+    with pytest.raises(InputError) as caught:
+        tokenize_records(records(rows), task, words, training=True)
+    assert message in str(caught.value)
+
+
+def test_a_tokenizer_without_end_of_text_is_refused():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "x": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    with pytest.raises(InputError, match="no end-of-text token"):
+        tokenize_records(records(rows(1)), COPY, tokenizer, training=True)
+
+
+def test_without_a_pad_token_padding_is_end_of_text(words):
+    tokenizer = build_tokenizer(["say x y"], {"type": "word"})
+    tokenizer.pad_token = None
+    data = tokenize_records(records(rows(1)), COPY, tokenizer, training=True)
+    assert data.pad_id == data.eos_id == tokenizer.eos_token_id
+
+
+def test_processes_give_what_one_process_gives(words, monkeypatch):
+    many = rows(47)
+    alone = tokenize_records(records(many), COPY, words, training=False)
+    monkeypatch.setattr(examples, "CHUNK_RECORDS", 5)
+    monkeypatch.setattr(examples, "PARALLEL_FROM_RECORDS", 10)
+    done: list[int] = []
+    shared = tokenize_records(
+        records(many), COPY, words, training=False, num_workers=2, progress=done.append
+    )
+    assert shared.ids.tolist() == alone.ids.tolist()
+    assert shared.offsets.tolist() == alone.offsets.tolist()
+    assert shared.prompt_lengths.tolist() == alone.prompt_lengths.tolist()
+    assert shared.references == alone.references
+    assert done == [*range(5, 46, 5), 47]

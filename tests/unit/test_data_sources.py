@@ -1,0 +1,120 @@
+"""From a config's words to examples: names, files, directories, splits, and what is refused."""
+
+import json
+
+import pytest
+
+from ssm_train.data import DataSettings
+from ssm_train.data.sources import (
+    check_data,
+    find_task,
+    load_task_data,
+    open_split,
+    training_texts,
+)
+from ssm_train.data.tasks.quickstart import TRAIN_SIZE, UNSEEN_SHIPS
+from ssm_train.data.vocabulary import build_tokenizer
+from ssm_train.errors import InputError
+
+TASK = {"type": "generation", "prompt": "{a} =>", "label": "{b}"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, count in (("train", 5), ("validation", 3), ("test", 2), ("extra", 1)):
+        rows = [{"a": f"{name} {i}", "b": "yes no"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path
+
+
+def count(settings: DataSettings, split: str) -> int:
+    tokenizer = build_tokenizer(training_texts(settings), {"type": "word"})
+    return len(load_task_data(settings, tokenizer, split))
+
+
+def test_a_directory_has_splits(folder):
+    settings = DataSettings(data=str(folder), task=TASK)
+    assert [count(settings, split) for split in ("train", "val", "test")] == [5, 3, 2]
+    assert check_data(settings, ("train", "val", "test")) == find_task(settings)
+    other = settings.model_copy(update={"val_data_split": "extra"})
+    assert count(other, "val") == 1
+
+
+def test_files_are_named_one_by_one(folder):
+    paths = {k: str(folder / f"{k}.jsonl") for k in ("train", "validation", "test")}
+    settings = DataSettings(
+        data=paths["train"], val_data=paths["validation"], test_data=paths["test"], task=TASK
+    )
+    assert [count(settings, split) for split in ("train", "val", "test")] == [5, 3, 2]
+
+
+def test_evaluation_keeps_references_and_long_examples_and_training_drops_them(folder):
+    settings = DataSettings(data=str(folder), task=TASK, max_length=5)
+    tokenizer = build_tokenizer(training_texts(settings), {"type": "word"})
+    with pytest.raises(InputError, match="all 5 examples are longer than 5"):
+        load_task_data(settings, tokenizer, "train")
+    val = load_task_data(settings, tokenizer, "val")
+    assert len(val) == 3 and val.references == (("yes no",),) * 3
+    assert val.task is not None and val.task.metrics[0] == "bleu"
+
+
+def test_packing_drops_what_is_longer_than_a_row(folder):
+    long = {"a": "x " * 40, "b": "y"}
+    with (folder / "train.jsonl").open("a") as file:
+        file.write(json.dumps(long) + "\n")
+    settings = DataSettings(data=str(folder), task=TASK, packing=True, tokens_per_batch=16)
+    tokenizer = build_tokenizer(training_texts(settings), {"type": "word"})
+    data = load_task_data(settings, tokenizer, "train")
+    assert (len(data), data.dropped) == (5, 1)
+
+
+def test_quickstart_by_name_shares_its_vocabulary_with_the_base():
+    base, task = DataSettings(data="quickstart_base_700"), DataSettings(data="quickstart")
+    tokenizer = build_tokenizer(training_texts(base), {"type": "word"})
+    assert 90 <= len(tokenizer) <= 130
+    assert len(load_task_data(base, tokenizer, "train")) == 700
+    splits = {s: load_task_data(task, tokenizer, s) for s in ("train", "val", "test")}
+    assert len(splits["train"]) == TRAIN_SIZE
+    assert all(tokenizer.unk_token_id not in data.ids for data in splits.values())
+    assert splits["test"].task.metrics[0] == "exact_match"
+    prompt = tokenizer.decode(splits["test"].prompt_ids(0))
+    assert prompt.endswith("=>") and any(name in prompt for name in UNSEEN_SHIPS)
+    answer = tokenizer.decode(splits["test"].label_ids(0)[:-1])
+    assert (answer,) == splits["test"].references[0]
+    limited = load_task_data(task, tokenizer, "train", limit=8)
+    assert limited.example_ids(7).tolist() == splits["train"].example_ids(7).tolist()
+    assert len(limited) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "split", "message"),
+    [
+        ({"data": "quickstrat"}, "train", "data: quickstrat is neither a file nor a data set name"),
+        ({"data": "no/where.jsonl"}, "train", "data: no/where.jsonl is neither a file"),
+        ({"val_data": "no/val.jsonl"}, "val", "val_data: no/val.jsonl is neither a file"),
+        ({"data": "{folder}/train.jsonl"}, "val", "has no 'val' split; set val_data"),
+        ({"val_data_split": "dev2"}, "val", "has no 'dev2' file"),
+        ({"data": "quickstart", "val_data_split": "dev2"}, "val", "quickstart has no split 'dev2'"),
+        ({"task": None}, "train", "task is missing"),
+        ({"task": "sst2"}, "train", "train.jsonl:1: no field 'label'"),
+        ({"task": "sst"}, "train", "unknown name 'sst'; did you mean 'sst2'"),
+    ],
+)
+def test_mistakes_are_found_without_a_tokenizer(folder, changes, split, message):
+    values = {"data": "{folder}", "task": TASK} | changes
+    values = {k: v.format(folder=folder) if k == "data" else v for k, v in values.items()}
+    with pytest.raises(InputError) as caught:
+        check_data(DataSettings(**values), (split,))
+    assert message in str(caught.value)
+
+
+def test_an_empty_file(folder):
+    (folder / "train.jsonl").write_text("\n")
+    settings = DataSettings(data=str(folder), task=TASK)
+    with pytest.raises(InputError, match=r"train.jsonl holds no records"):
+        check_data(settings)
+
+
+def test_records_can_be_listed():
+    records = open_split(DataSettings(data="quickstart"), "val")
+    assert records.where(3) == "quickstart (val), record 3"
