@@ -18,19 +18,17 @@ from ssm_train.checkpoint import CheckpointSettings
 from ssm_train.data import DataSettings
 from ssm_train.errors import InputError, near
 from ssm_train.evaluate import EvalSettings
+from ssm_train.explain import Provenance, explain
 from ssm_train.loop import LoopSettings
 from ssm_train.metrics import TRACKERS, MetricsSettings
 from ssm_train.optim import OptimSettings
 from ssm_train.settings import Settings
-from ssm_train.strict_yaml import Document, KeyPath, dump, parse_value, read_document
+from ssm_train.strict_yaml import Document, dump, parse_value, read_document
 
 GLUE_TASKS = ("rte", "cola", "mrpc", "sst2", "qnli", "qqp", "mnli", "wnli")
 
 # The run that a bare PEFT JSON configures, as `train.py --cfg cfg/peft/lora/x.json` always did.
 MAMBA_RUN = {"model": "state-spaces/mamba-130m", "data": "glue-tvt_cola"}
-
-Provenance = dict[str, str]
-"""Key, dotted when nested -> "default", "cfg/x.yaml:12", "command line" or "HP_LR"."""
 
 
 class PeftOverrides(Settings):
@@ -182,7 +180,7 @@ def load_config(
     try:
         cfg = RunConfig.model_validate(values)
     except ValidationError as error:
-        problems += _explain(error, document, provenance)
+        problems += explain(error, RunConfig, document, provenance)
         raise InputError("\n".join(problems)) from None
     problems += [
         f"{provenance.get(key, document.source)}: {problem}" for key, problem in contradictions(cfg)
@@ -352,81 +350,3 @@ def _misspelt_variables(environment: Mapping[str, str]) -> Iterator[str]:
             close := get_close_matches(variable, ENVIRONMENT, n=1, cutoff=0.8)
         ):
             yield f"unknown variable {variable}; did you mean {close[0]}? (unset it otherwise)"
-
-
-def _explain(error: ValidationError, document: Document, provenance: Provenance) -> list[str]:
-    """Schema violations as lines: where, which key, its value, what was expected."""
-    problems: dict[str, None] = {}
-    for item in sorted(error.errors(), key=lambda e: document.lines.get(e["loc"][:1], 0)):
-        path: KeyPath = item["loc"]
-        line = _explain_one(path, item["type"], item["input"], document, provenance)
-        if item["type"] == "value_error":  # a component's own check, with its own words
-            line = f"{line.partition(': ')[0]}: {item['ctx']['error']}"
-        problems[line] = None
-    return list(problems)
-
-
-def _explain_one(
-    path: KeyPath, kind: str, value: Any, document: Document, provenance: Provenance
-) -> str:
-    head = str(path[0])
-    nested = path[0] == "peft_overrides" and len(path) > 1
-    key = f"{head}.{path[1]}" if nested else head
-    where = provenance.get(key) or provenance.get(head) or document.source
-    if where == document.where((path[0],)):
-        where = document.where(path[:2])
-    schema: type[Settings] = PeftOverrides if nested else RunConfig
-    if kind == "extra_forbidden":
-        known = list(schema.model_fields)
-        hint = near(str(path[-1]), known) or f"; known: {', '.join(sorted(known))}"
-        return f"{where}: unknown key {key!r}{hint}"
-    field = schema.model_fields[str(path[-1]) if nested else head]
-    if kind == "missing":
-        meaning = " ".join(str(field.description).split())
-        return f"{where}: {key} is missing; it is required: {meaning}"
-    return f"{where}: {key} is {_short(value)}; expected {expected(field)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-EXPECTED = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "dict[str, Any]": "a mapping",
-    "dict[int, float]": "a mapping of epoch -> number",
-    "list[str]": "a list of names",
-    "NoneType": "null",
-    "None": "null",
-    "PeftOverrides": "a mapping",
-}
-
-
-def expected(field: FieldInfo) -> str:
-    """In words what a field takes: its type, its bounds, and null when allowed."""
-    bounds = []
-    for rule in field.metadata:
-        for attribute, words in (
-            ("ge", "at least"),
-            ("gt", "more than"),
-            ("le", "at most"),
-            ("lt", "less than"),
-        ):
-            if (limit := getattr(rule, attribute, None)) is not None:
-                bounds.append(f"{words} {limit:g}")
-        if getattr(rule, "pattern", None):
-            return " ".join(str(field.description).split())
-    annotation = field.annotation
-    options = getattr(annotation, "__args__", None)
-    shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    if shown.startswith("typing.Literal"):
-        return " or ".join(repr(option) for option in options or ())
-    parts = [part.strip() for part in shown.replace("typing.", "").split("|")]
-    words_ = [EXPECTED[part] for part in parts]
-    if bounds:
-        words_[0] += f", {' and '.join(bounds)}"
-    return (", or " if bounds else " or ").join(words_)

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.bamba import modeling_bamba as stock
 
 from ssm_train.adapters import common, loading
-from ssm_train.adapters.base import Batch, LossSum, ModelSpec, Prepared, Traits
+from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
 from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer
 from ssm_train.errors import InputError
 from ssm_train.kernels import causal_conv1d, ssd
@@ -108,13 +108,18 @@ class BambaAdapter:
     name = "bamba"
     traits = TRAITS
 
-    def prepare(self, spec: ModelSpec) -> Prepared:
-        kernels = {"causal_conv1d": causal_conv1d.implementation(), "ssd": ssd.implementation()}
-        if spec.kernels not in ("auto", *kernels.values()):
+    def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
+        """See `adapters.base.ModelAdapter`."""
+        chosen = {"causal_conv1d": causal_conv1d.implementation(), "ssd": ssd.implementation()}
+        if kernels not in ("auto", *chosen.values()):
             raise InputError(
-                f"kernels: {spec.kernels} was asked for, but bamba runs on {kernels['ssd']} "
-                "kernels here; use kernels: auto"
+                f"kernels: {kernels} was asked for, but bamba runs on {chosen['ssd']} "
+                f"kernels on {device}; use kernels: auto"
             )
+        return chosen
+
+    def prepare(self, spec: ModelSpec) -> Prepared:
+        kernels = self.choose_kernels(spec.kernels, spec.device)
         tokenizer = loading.load_tokenizer(spec)
         model = loading.load_or_make(stock.BambaForCausalLM, BambaConfig, spec, tokenizer)
         adopt(model)

@@ -1,0 +1,102 @@
+"""Schema violations in words: where the value stands, what it is, what would be accepted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from ssm_train.errors import near
+from ssm_train.settings import Settings
+from ssm_train.strict_yaml import Document, KeyPath
+
+Provenance = dict[str, str]
+"""Key, dotted when nested -> "default", "cfg/x.yaml:12", "command line" or "HP_LR"."""
+
+
+def explain(
+    error: ValidationError, schema: type[Settings], document: Document, provenance: Provenance
+) -> list[str]:
+    """Schema violations as lines: where, which key, its value, what was expected."""
+    problems: dict[str, None] = {}
+    for item in sorted(error.errors(), key=lambda e: document.lines.get(e["loc"][:1], 0)):
+        path: KeyPath = item["loc"]
+        line = _explain_one(path, item["type"], item["input"], schema, document, provenance)
+        if item["type"] == "value_error":  # a component's own check, with its own words
+            line = f"{line.partition(': ')[0]}: {item['ctx']['error']}"
+        problems[line] = None
+    return list(problems)
+
+
+def _explain_one(
+    path: KeyPath,
+    kind: str,
+    value: Any,
+    schema: type[Settings],
+    document: Document,
+    provenance: Provenance,
+) -> str:
+    head = str(path[0])
+    inner = schema.model_fields[head].annotation if head in schema.model_fields else None
+    nested = False
+    if isinstance(inner, type) and issubclass(inner, Settings) and len(path) > 1:
+        schema, nested = inner, True
+    key = f"{head}.{path[1]}" if nested else head
+    where = provenance.get(key) or provenance.get(head) or document.source
+    if where == document.where((path[0],)):
+        where = document.where(path[:2])
+    if kind == "extra_forbidden":
+        known = list(schema.model_fields)
+        hint = near(str(path[-1]), known) or f"; known: {', '.join(sorted(known))}"
+        return f"{where}: unknown key {key!r}{hint}"
+    field = schema.model_fields[str(path[-1]) if nested else head]
+    if kind == "missing":
+        meaning = " ".join(str(field.description).split())
+        return f"{where}: {key} is missing; it is required: {meaning}"
+    return f"{where}: {key} is {_short(value)}; expected {expected(field)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+EXPECTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "dict[str, Any]": "a mapping",
+    "dict[int, float]": "a mapping of epoch -> number",
+    "list[str]": "a list of names",
+    "NoneType": "null",
+    "None": "null",
+    "PeftOverrides": "a mapping",
+}
+
+
+def expected(field: FieldInfo) -> str:
+    """In words what a field takes: its type, its bounds, and null when allowed."""
+    bounds = []
+    for rule in field.metadata:
+        for attribute, words in (
+            ("ge", "at least"),
+            ("gt", "more than"),
+            ("le", "at most"),
+            ("lt", "less than"),
+        ):
+            if (limit := getattr(rule, attribute, None)) is not None:
+                bounds.append(f"{words} {limit:g}")
+        if getattr(rule, "pattern", None):
+            return " ".join(str(field.description).split())
+    annotation = field.annotation
+    options = getattr(annotation, "__args__", None)
+    shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    if shown.startswith("typing.Literal"):
+        return " or ".join(repr(option) for option in options or ())
+    parts = [part.strip() for part in shown.replace("typing.", "").split("|")]
+    words_ = [EXPECTED[part] for part in parts]
+    if bounds:
+        words_[0] += f", {' and '.join(bounds)}"
+    return (", or " if bounds else " or ").join(words_)
