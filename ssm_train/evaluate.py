@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ssm_train.adapters.base import Batch, TokenLosses
 from ssm_train.checkpoint import write_atomically
+from ssm_train.data.batches import batches_by_length, collate
+from ssm_train.data.examples import TokenizedDataset
 from ssm_train.generate import Autocast, Decoder, evaluation_mode, read_options
 from ssm_train.scores import OUT_OF_CLASS, compute_metrics
 from ssm_train.settings import Settings
@@ -256,3 +259,57 @@ def write_predictions(run_dir: Path, step: int, rows: Iterable[Row]) -> Path:
     lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
     write_atomically(path, "".join(lines))
     return path
+
+
+# ---------------------------------------------------------------- a whole data set
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluating a data set needs to know; `rank` and `world_size` slice the examples."""
+
+    dataset: TokenizedDataset
+    tokenizer: Any
+    token_losses: TokenLosses
+    token_logits: Callable[[nn.Module, Batch], Tensor]
+    batch_size: int
+    decoder: Decoder | None = None  # None: generation tasks are measured by their loss alone
+    autocast: Autocast = nullcontext
+    rank: int = 0
+    world_size: int = 1
+    gather: Gather = list
+    reduce_sum: Callable[[Tensor], Tensor] = torch.Tensor.clone
+
+    @property
+    def main_metric(self) -> str:
+        """The task's first metric, or the loss where nothing is generated."""
+        measured = self.dataset.class_ids or self.decoder
+        return self.dataset.task.metrics[0] if measured else "loss"
+
+    def run(self, model: nn.Module) -> tuple[dict[str, float], list[Row]]:
+        """All ranks. Loss, perplexity and the task's metrics; and what was predicted."""
+        prompts = [self.dataset.prompt_ids(i).tolist() for i in range(len(self.dataset))]
+        metrics = self.dataset.task.metrics
+        if class_ids := self.dataset.class_ids:
+            values, choices = evaluate_classification(
+                model, self.batches(), self.token_logits, class_ids, metrics, self.gather,
+                self.autocast,
+            )  # fmt: skip
+            return values, describe_choices(choices, self.tokenizer, prompts, class_ids)
+        values = evaluate_loss(
+            model, self.batches(), self.token_losses, self.reduce_sum, self.autocast
+        )
+        if self.decoder is None:
+            return values, []
+        scores, rows = evaluate_generation(
+            model, self.decoder, self.tokenizer, prompts, self.dataset.references, metrics,
+            self.gather, rank=self.rank, world_size=self.world_size,
+        )  # fmt: skip
+        return values | scores, rows
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's examples, each once, in batches of similar lengths."""
+        mine = np.array(slice_of_rank(len(self.dataset), self.rank, self.world_size))
+        if len(mine):
+            for places in batches_by_length(self.dataset.lengths[mine], self.batch_size):
+                yield collate(self.dataset, mine[places])

@@ -84,8 +84,8 @@ class TrainState:
     tokens: int = 0  # real tokens seen by all processes
     bad_steps: int = 0  # consecutive steps with a NaN or vanished loss
     skipped_steps: int = 0  # updates skipped because a gradient was not finite
-    best_metric: float | None = None
     best_step: int | None = None
+    best: dict[str, float] = field(default_factory=dict)  # all metrics of the best step
 
 
 @dataclass
@@ -164,9 +164,9 @@ def train(run: Training, state: TrainState) -> Outcome:
         too_low = False
         if run.evaluate and due_eval:  # once in a while, all ranks
             started = time.perf_counter()
-            metric = run.evaluate(step)[run.main_metric]
-            due_save |= note_best(run, state, metric)
-            too_low = below_least_metric(run, step, metric)
+            metrics = run.evaluate(step)
+            due_save |= note_best(run, state, metrics)
+            too_low = below_least_metric(run, step, metrics[run.main_metric])
             clock += time.perf_counter() - started
         if run.save and (due_save or stop):  # once in a while, all ranks
             started = time.perf_counter()
@@ -254,14 +254,14 @@ def synchronise_only(run: Training, last: bool) -> AbstractContextManager[Any]:
     return nullcontext() if last else run.accelerator.no_sync(run.model)
 
 
-def note_best(run: Training, state: TrainState, metric: float) -> bool:
-    """Remembers the best main metric; True when this is it."""
+def note_best(run: Training, state: TrainState, metrics: dict[str, float]) -> bool:
+    """Remembers the metrics with the best main one; True when these are they."""
     sign = 1 if run.higher_is_better else -1
-    better = state.best_metric is None or sign * metric > sign * state.best_metric
-    if better and not math.isnan(metric):
-        state.best_metric, state.best_step = metric, state.step
-        return True
-    return False
+    value, best = metrics[run.main_metric], state.best.get(run.main_metric)
+    if math.isnan(value) or (best is not None and sign * value <= sign * best):
+        return False
+    state.best, state.best_step = metrics, state.step
+    return True
 
 
 def below_least_metric(run: Training, step: int, metric: float) -> bool:

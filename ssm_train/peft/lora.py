@@ -34,6 +34,8 @@ class LoraSettings(Settings):
     """Module names or their ends; a regular expression; "all-linear"; None: the family's own."""
     exclude_modules: list[str] | str | None = None
     """Modules left out, by the same rules."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full beside the factors, such as conv1d; exported with them."""
     layers_to_transform: list[int] | int | None = None
     """Layers to adapt; None: all."""
     layers_pattern: list[str] | str | None = None
@@ -49,7 +51,7 @@ class LoraSettings(Settings):
     alpha_pattern: dict[str, float] = {}
     """Alpha by module name or regular expression, where it is not `lora_alpha`."""
 
-    @field_validator("target_modules", "layers_to_transform")
+    @field_validator("target_modules", "modules_to_save", "layers_to_transform")
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value in ([], ""):

@@ -189,7 +189,7 @@ def test_the_best_step_is_remembered_and_saved():
         schedule=Schedule(3, 10, 1, 1, 100),
     )  # fmt: skip
     assert train(run, state) == "finished"
-    assert (state.best_step, state.best_metric) == (2, 0.8)
+    assert (state.best_step, state.best) == (2, {"accuracy": 0.8})
     assert saved == [1, 2, 3]
 
 

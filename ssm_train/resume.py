@@ -1,0 +1,89 @@
+"""What of a run is in its checkpoints, and how it is put back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ssm_train import checkpoint, distributed, snapshot
+from ssm_train.adapters.base import PeftMethod
+from ssm_train.loop import TrainState
+
+
+@dataclass
+class RunCheckpoints:
+    """The checkpoints of one run: trained parameters, optimizer, random states, progress."""
+
+    run_dir: Path
+    keep: int
+    model: nn.Module  # not wrapped by an engine
+    optimizer: Any  # torch's own
+    scaler: Any  # of fp16, or None
+    method: PeftMethod | None
+    global_batch: int  # examples (packed: rows) in an optimizer step of all processes
+
+    def save(self, state: TrainState) -> None:
+        """All ranks. Writes a checkpoint, points at the best one, removes old ones."""
+        checkpoint.save_checkpoint(
+            self.run_dir,
+            state.step,
+            {
+                "trainable": snapshot.trainable_tensors(self.model),
+                "optimizer": snapshot.optimizer_tensors(
+                    self.optimizer, self.model.named_parameters()
+                ),
+                "base": self.method.changed_base(self.model) if self.method else {},
+            },
+            {
+                "train": asdict(state),
+                "global_batch": self.global_batch,
+                "scaler": self.scaler.state_dict() if self.scaler else None,
+            },
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            barrier=distributed.barrier,
+        )
+        if distributed.is_main():  # rank 0
+            if state.best_step == state.step:
+                checkpoint.write_pointer(self.run_dir, "best", state.step)
+            best = checkpoint.read_pointer(self.run_dir, "best")
+            checkpoint.prune(self.run_dir, self.keep, () if best is None else (best,))
+        distributed.barrier()
+
+    def restore(self, found: checkpoint.Checkpoint) -> TrainState:
+        """All ranks. Parameters, optimizer and random states as they were."""
+        self._load_weights(found)
+        snapshot.load_optimizer_tensors(
+            self.optimizer, found.tensors["optimizer"], self.model.named_parameters()
+        )
+        if self.scaler:
+            self.scaler.load_state_dict(found.state["scaler"])
+        if found.rng is not None:
+            snapshot.restore_rng(found.rng)
+        return TrainState(**found.state["train"])
+
+    def load_best(self, state: TrainState) -> None:
+        """All ranks. The weights of the best step, if there is one that is not the last."""
+        if state.best_step in (None, 0, state.step):
+            return
+        path = checkpoint.checkpoint_path(self.run_dir, state.best_step)
+        if path.exists():
+            self._load_weights(checkpoint.load_checkpoint(path, rank=distributed.rank()))
+
+    def _load_weights(self, found: checkpoint.Checkpoint) -> None:
+        snapshot.load_parameters(self.model, found.tensors["trainable"])
+        if self.method and "base" in found.tensors:
+            self.method.restore_base(self.model, found.tensors["base"])
+
+
+def find_resume_point(run_dir: Path) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and lines that say what was skipped or not found."""
+    path, skipped = checkpoint.latest_checkpoint(run_dir)
+    notes = [f"skipped a damaged checkpoint: {line}" for line in skipped]
+    if path is None:
+        return None, [*notes, "no checkpoint yet: starting from step 0"]
+    found = checkpoint.load_checkpoint(path, rank=distributed.rank(), verify=False)
+    return found, [*notes, f"resuming from {path.name}"]

@@ -1,0 +1,67 @@
+"""What a run says while it trains: one row a log step, to the file, the trackers and the bar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ssm_train import distributed
+from ssm_train.evaluate import Row, write_predictions
+from ssm_train.metrics import MetricsLog, Progress, TokenRate, Trackers, peak_memory_gib
+
+
+class RunLog:
+    """Rank 0 writes; on other ranks every method does nothing."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        bar: Progress,
+        *,
+        trackers: list[str],
+        config: Mapping[str, Any],
+        step: int,
+        tokens: int,
+    ) -> None:
+        """`step` and `tokens`: where a resumed run goes on, else 0."""
+        self.run_dir, self.bar = run_dir, bar
+        self.rate = TokenRate(tokens)
+        self.rates: list[float] = []  # tokens/s of every log interval
+        self.rows: dict[str, list[Row]] = {}  # split -> what was predicted last
+        self.main = distributed.is_main()
+        if self.main:
+            self.file = MetricsLog(run_dir / "metrics.jsonl", resume_step=step or None)
+            self.trackers = Trackers(trackers, run_dir, run_dir.name, config)
+
+    def trained(self, row: dict[str, float]) -> None:
+        """A row of the loop."""
+        if not self.main:
+            return
+        rate = self.rate.read(int(row["tokens"]), row["seconds"])
+        self.rates.append(rate)
+        row = {**row, "tokens_per_second": rate, "memory_gib": peak_memory_gib()}
+        self._write("train", row)
+        self.bar.update(row)
+
+    def evaluated(
+        self, step: int, split: str, values: Mapping[str, float], rows: list[Row]
+    ) -> None:
+        """Metrics of a split, and its predictions."""
+        self.rows[split] = rows
+        if not self.main:
+            return
+        self._write(split, {"step": step, **values})
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "tokens")
+        self.bar.say(f"step {step}  {split}  {shown}")
+        if rows and split == "val":
+            write_predictions(self.run_dir, step, rows)
+
+    def close(self) -> None:
+        if self.main:
+            self.file.close()
+            self.trackers.finish()
+
+    def _write(self, split: str, row: Mapping[str, Any]) -> None:
+        self.file.write(split, row)
+        self.trackers.write(split, row)

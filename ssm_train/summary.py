@@ -1,0 +1,101 @@
+"""What a person takes away from a run: the exported weights, a plot, and half a page of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from ssm_train.adapters.base import PeftMethod, Prepared
+from ssm_train.evaluate import Row
+from ssm_train.loop import Outcome
+from ssm_train.plot import plot_metrics
+
+
+@dataclass
+class Result:
+    """How a run ended, and where it left things."""
+
+    outcome: Outcome
+    run_dir: Path
+    steps: int
+    main_metric: str
+    before: dict[str, float]  # metrics before the first step, with eval_at_start
+    after: dict[str, float]  # metrics of the best step, whose weights are exported
+    best_step: int | None
+    test: dict[str, float] = field(default_factory=dict)  # of the exported weights
+    rates: list[float] = field(default_factory=list)  # tokens/s of the log intervals
+    rows: list[Row] = field(default_factory=list)  # last predictions
+    exported: Path | None = None
+
+
+def export_weights(
+    run_dir: Path, prepared: Prepared, method: PeftMethod | None, *, base_id: str | None
+) -> Path:
+    """Rank 0. Writes `adapter/` (PEFT's format) or, after full fine-tuning, `model/`
+    (transformers' format), with the tokenizer; returns the directory."""
+    if method is None:
+        path = run_dir / "model"
+        prepared.model.save_pretrained(path)  # type: ignore[operator]
+    else:
+        from ssm_train.peft.export import export_adapter
+
+        path = export_adapter(
+            prepared.model,
+            run_dir / "adapter",
+            base_id=base_id or "",
+            traits=prepared.traits,
+            initial=getattr(method, "initial", None),
+        )
+    prepared.tokenizer.save_pretrained(path)
+    return path
+
+
+def print_summary(result: Result, model: nn.Module, say: Any) -> None:
+    """Rank 0. The run in about fifteen lines, by `say(line)`; draws `metrics.png`."""
+    run_dir, name = result.run_dir, result.main_metric
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    endings = {
+        "finished": f"finished after {result.steps} steps",
+        "stopped": f"stopped and saved after {result.steps} steps; go on with --resume",
+        "bad_loss": f"ended after {result.steps} steps: ten losses in a row were NaN or zero; "
+        "lower learning_rate or choose prec: fp32",
+        "low_metric": f"ended after {result.steps} steps: {name} is below "
+        "min_eval_metric_after_epoch",
+    }
+    rows = [("outcome", endings[result.outcome])]
+    if result.before:
+        rows.append((f"{name} before", f"{result.before[name]:.4g}"))
+    if result.after:
+        rows.append((f"{name} after", f"{result.after[name]:.4g} (step {result.best_step})"))
+    if result.test:
+        rows.append((f"{name} on test", f"{result.test[name]:.4g}"))
+    rows.append(
+        ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
+    )
+    if result.rates:
+        rows.append(("tokens/s", f"{median(result.rates):,.0f} (median, no padding counted)"))
+    if result.rows:
+        row = result.rows[0]
+        rows += [
+            ("example", row.input.strip()),
+            ("  predicted", row.prediction.strip()),
+            ("  expected", row.labels[0].strip()),
+        ]
+    if (run_dir / "metrics.jsonl").stat().st_size:
+        rows.append(("plot", str(plot_metrics([run_dir], run_dir / "metrics.png"))))
+    rows.append(("record", f"{run_dir}/cfg.yaml, environment.json, metrics.jsonl"))
+    if result.exported:
+        rows += [
+            (result.exported.name, str(result.exported)),
+            ("load it", f'ssm-train generate {run_dir} --prompt "..."'),
+            ("", f'or in Python: model, tokenizer = ssm_train.load_run("{run_dir}")'),
+        ]
+    width = max(len(label) for label, _ in rows)
+    say("")
+    for label, text in rows:
+        say(f"{label:<{width}}  {text}")
