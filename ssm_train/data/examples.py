@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any
@@ -49,7 +50,7 @@ class TokenizedDataset:
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
-    @property
+    @cached_property
     def lengths(self) -> Lengths:
         """[N] tokens of each example."""
         return np.diff(self.offsets)

@@ -96,11 +96,16 @@ def open_split(settings: DataSettings, split: str) -> Records:
 
 
 def has_split(settings: DataSettings, split: str) -> bool:
-    """Whether there are records of that split, without reading them."""
+    """Whether the config names data for `split`, or its `data` brings some along.
+
+    Data that is named is there to be read: if it cannot be, that is an error later.
+    """
+    if {"val": settings.val_data, "test": settings.test_data}.get(split) is not None:
+        return True
     try:
         open_split(settings, split)
     except InputError:
-        return False
+        return split == "train"
     return True
 
 

@@ -8,6 +8,7 @@ from ssm_train.data import DataSettings
 from ssm_train.data.sources import (
     check_data,
     find_task,
+    has_split,
     load_task_data,
     open_split,
     training_texts,
@@ -106,6 +107,17 @@ def test_mistakes_are_found_without_a_tokenizer(folder, changes, split, message)
     with pytest.raises(InputError) as caught:
         check_data(DataSettings(**values), (split,))
     assert message in str(caught.value)
+
+
+def test_a_split_is_there_when_named_or_brought_along(folder):
+    file = DataSettings(data=str(folder / "train.jsonl"), task=TASK)
+    assert [has_split(file, s) for s in ("train", "val", "test")] == [True, False, False]
+    assert has_split(DataSettings(data=str(folder), task=TASK), "test")
+    assert has_split(DataSettings(data="quickstart"), "test")
+    misspelt = file.model_copy(update={"test_data": "no/test.jsonl"})
+    assert has_split(misspelt, "test")
+    with pytest.raises(InputError, match="test_data: no/test.jsonl is neither"):
+        check_data(misspelt, ("test",))
 
 
 def test_an_empty_file(folder):
