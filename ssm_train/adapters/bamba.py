@@ -118,6 +118,16 @@ class BambaAdapter:
             )
         return chosen
 
+    def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
+        """See `adapters.base.ModelAdapter`."""
+        chosen = {"causal_conv1d": causal_conv1d.implementation(), "ssd": ssd.implementation()}
+        if kernels != "auto" and (others := set(chosen.values()) - {kernels}):
+            raise InputError(
+                f"kernels: {kernels} was asked for, but bamba runs on {min(others)} kernels on "
+                f"{device}; use kernels: auto"
+            )
+        return chosen
+
     def prepare(self, spec: ModelSpec) -> Prepared:
         kernels = self.choose_kernels(spec.kernels, spec.device)
         tokenizer = loading.load_tokenizer(spec)

@@ -301,17 +301,6 @@ def refuse_what_is_not_covered(config: Mapping[str, Any]) -> None:
             )
 
 
-def choose_kernels(kernels: KernelChoice, device: str) -> dict[str, str]:
-    """op -> implementation, for the log. What runs follows the tensors (see `uses_triton`)."""
-    on_gpu = torch.device(device).type == "cuda"
-    if kernels == "triton" and not on_gpu:
-        raise InputError(
-            f"kernels: triton needs a GPU, but the device is {device!r}; use kernels: auto"
-        )
-    chosen = "triton (fla)" if on_gpu and kernels != "reference" else "reference"
-    return dict.fromkeys(("gla", "causal_conv1d", "rms_norm", "swiglu"), chosen)
-
-
 class GlaAdapter:
     """fla's GLA checkpoints and new GLA models."""
 
@@ -319,12 +308,18 @@ class GlaAdapter:
     traits = TRAITS
 
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
-        """See `adapters.base.ModelAdapter`."""
-        return choose_kernels(kernels, device)
+        """See `adapters.base.ModelAdapter`. What runs follows the tensors (`uses_triton`)."""
+        on_gpu = torch.device(device).type == "cuda"
+        if kernels == "triton" and not on_gpu:
+            raise InputError(
+                f"kernels: triton needs a GPU, but the device is {device!r}; use kernels: auto"
+            )
+        chosen = "triton (fla)" if on_gpu and kernels != "reference" else "reference"
+        return dict.fromkeys(("gla", "causal_conv1d", "rms_norm", "swiglu"), chosen)
 
     def prepare(self, spec: ModelSpec) -> Prepared:
         """See `adapters.base.ModelAdapter`. A checkpoint's own tokenizer wins over the spec's."""
-        kernels = choose_kernels(spec.kernels, spec.device)
+        kernels = self.choose_kernels(spec.kernels, spec.device)
         if spec.model is not None and loading.has_tokenizer(spec.model, spec.revision):
             spec = replace(spec, tokenizer=None)
         tokenizer = loading.load_tokenizer(spec)
