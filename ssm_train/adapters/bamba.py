@@ -111,16 +111,6 @@ class BambaAdapter:
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`."""
         chosen = {"causal_conv1d": causal_conv1d.implementation(), "ssd": ssd.implementation()}
-        if kernels not in ("auto", *chosen.values()):
-            raise InputError(
-                f"kernels: {kernels} was asked for, but bamba runs on {chosen['ssd']} "
-                f"kernels on {device}; use kernels: auto"
-            )
-        return chosen
-
-    def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
-        """See `adapters.base.ModelAdapter`."""
-        chosen = {"causal_conv1d": causal_conv1d.implementation(), "ssd": ssd.implementation()}
         if kernels != "auto" and (others := set(chosen.values()) - {kernels}):
             raise InputError(
                 f"kernels: {kernels} was asked for, but bamba runs on {min(others)} kernels on "
