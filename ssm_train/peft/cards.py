@@ -41,7 +41,7 @@ tags:
 # {name} with an adapter merged
 Full weights in {dtype}, in the format of the base model: any install that loads the base loads
 these, without PEFT and without ssm_train. Over {tokens} probe tokens the logits differ from those
-of base plus adapter by at most {difference:.1e} of the largest logit.
+of base plus adapter by {difference:.1e} of their size (root mean square).
 {note}
 """
 
@@ -53,7 +53,7 @@ effect, which is why these weights exist.
 
 def adapter_card(config: Any, model: nn.Module) -> str:
     """Model card of an exported adapter, from its PEFT config and the model it was trained on."""
-    name = one_line(config.base_model_name_or_path)
+    name = one_line(config.base_model_name_or_path or "its base model")
     targets = config.target_modules
     ssm_lora = str(config.peft_type.value) != "LORA"
     of_fla = any(cls.__module__.startswith("fla.") for cls in type(model).__mro__)

@@ -30,7 +30,7 @@ def export_adapter(
     model: nn.Module,
     directory: str | Path,
     *,
-    base_id: str,
+    base_id: str | None,
     traits: Traits,
     initial: Mapping[str, Tensor] | None = None,
     state: Mapping[str, Tensor] | None = None,
@@ -147,11 +147,11 @@ def _double_rank(config: Any) -> None:
     config.alpha_pattern = {name: factor * a for name, a in config.alpha_pattern.items()}
 
 
-def _describe(config: Any, base_id: str, revision: str | None, ssm_lora: bool) -> None:
+def _describe(config: Any, base_id: str | None, revision: str | None, ssm_lora: bool) -> None:
     from peft.utils import PeftType
 
     config.peft_type = PeftType(SSM_LORA) if ssm_lora else PeftType.LORA
-    config.base_model_name_or_path = base_id
+    config.base_model_name_or_path = base_id or None
     config.revision = revision
     config.init_lora_weights = True
     config.inference_mode = True

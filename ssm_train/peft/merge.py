@@ -24,7 +24,7 @@ class Merged:
 
     model: nn.Module
     difference: float
-    """Largest absolute difference of the logits, relative to the largest logit."""
+    """Root mean square of the logits' change, relative to that of the logits."""
     num_probe_tokens: int
     ssm_lora: bool
     """Whether the adapter would be refused or dead through PEFT alone."""
@@ -37,7 +37,8 @@ def merge_adapter(
 
     Half-precision weights become fp32 first: in bf16 a small update is rounded away. `probe`:
     token ids [B, T], else random ones. Raises InputError if logits change by more than
-    `tolerance`, relative to the largest.
+    `tolerance`, both as root mean square: a wrong weight moves every logit, while the largest
+    change belongs to the one token whose norm happened to be ill-conditioned.
     """
     peft_model: Any = model
     device = next(model.parameters()).device
@@ -56,11 +57,11 @@ def merge_adapter(
     except ValueError as error:  # PEFT's check that merged weights are finite
         raise InputError(f"the adapter cannot be merged: {error}") from error
     after = _logits(merged, probe)
-    difference = ((after - before).abs().max() / before.abs().max()).item()
+    difference = ((after - before).norm() / before.norm()).item()
     if not difference <= tolerance:  # also when it is not a number
         raise InputError(
-            f"the merged model's logits differ by {difference:.1e} of the largest logit, more than "
-            f"the tolerance {tolerance:.1e}; raise it only if that is small enough for you"
+            f"the merged model's logits differ by {difference:.1e} of their size, more than the "
+            f"tolerance {tolerance:.1e}; raise it only if that is small enough for you"
         )
     return Merged(merged, difference, probe.numel(), ssm_lora)
 

@@ -13,6 +13,8 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 
+from ssm_train.errors import InputError
+
 SSM_LORA = "SSM_LORA"
 
 
@@ -35,6 +37,13 @@ class SsmLoraModel(LoraModel):
         super()._prepare_model(peft_config, model)
         if hasattr(model, "config"):
             adopt(model)
+            if not any(type(m).__module__.startswith("ssm_train.") for m in model.modules()):
+                cls = type(model)
+                raise InputError(
+                    f"{cls.__module__}.{cls.__name__} has the model_type of a supported family but "
+                    "is another implementation; load the model through transformers' own class "
+                    "(importing fla makes Auto classes choose fla's)"
+                )
 
     def _create_and_replace(  # type: ignore[no-untyped-def, override]
         self, lora_config, adapter_name, target: nn.Linear, *where, **options

@@ -30,6 +30,7 @@ def resolve_targets(model: nn.Module, traits: Traits, settings: LoraSettings) ->
         targets = list(traits.lora_targets)
     elif targets == ALL_LINEAR:
         targets = sorted(_linear_layers(model))
+    _check_modules_to_save(model, targets, settings.modules_to_save or [])
     matches = match_targets(model, targets, settings)
     matched = {name: target for target, names in matches.items() for name in names}
     modules = dict(model.named_modules())
@@ -116,7 +117,8 @@ def _check_kind(
         raise InputError(
             f"target_modules: {name} is a convolution of {module.groups} groups of "
             f"{module.in_channels // module.groups} channel; LoRA's low-rank product mixes all "
-            "channels and does not fit there. Remove it, or train it in full"
+            f"channels and does not fit there. Remove {target}, or train it in full by "
+            f'"modules_to_save": ["{name.rpartition(".")[2]}"]'
         )
     inside = [
         child.removeprefix(f"{name}.")
@@ -128,6 +130,21 @@ def _check_kind(
         f"target_modules: {name} is a {kind}, and LoRA adapts linear layers"
         + (f"; name them: {way_out}" if inside else "; remove it")
     )
+
+
+def _check_modules_to_save(
+    model: nn.Module, targets: list[str] | str, modules_to_save: Iterable[str]
+) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for wanted in modules_to_save:
+        if wanted in targets:
+            raise InputError(
+                f"modules_to_save: {wanted!r} is in target_modules too; train it in full or by "
+                "LoRA, not both"
+            )
+        if not any(name.endswith(wanted) for name in names):
+            hint = near(wanted, dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise InputError(f"modules_to_save: {wanted!r} matches no module{hint}")
 
 
 def _check_patterns(key: str, patterns: Mapping[str, float], matched: Iterable[str]) -> None:

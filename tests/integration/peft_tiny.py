@@ -25,9 +25,28 @@ def make_stock(family: str, seed: int = 0, **options) -> nn.Module:
             intermediate_size=48,
             vocab_size=VOCAB,
             initializer_range=0.2,
+            norm_eps=1e-2,  # a random head's output may be near zero, and its norm all rounding
             **options,
         )
         model = GLAForCausalLM(config)
+    elif family == "bamba":
+        from transformers import BambaConfig, BambaForCausalLM
+
+        config = BambaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_hidden_layers=2,
+            attn_layer_indices=[1],
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            mamba_n_heads=4,
+            mamba_d_head=16,
+            mamba_d_state=8,
+            initializer_range=0.2,
+            **options,
+        )
+        model = BambaForCausalLM(config)
     else:
         from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -43,6 +62,15 @@ def make_stock(family: str, seed: int = 0, **options) -> nn.Module:
         if "norm" in name or name.endswith("conv1d.bias"):
             nn.init.normal_(parameter, mean=0.5, std=0.5)
     return model.eval()
+
+
+def make_rounded_stock(family: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The stock model in fp32 with the values that `prepare(family, dtype=dtype)` stores."""
+    from ssm_train.adapters.common import cast_storage
+
+    model = make_stock(family)
+    cast_storage(model, dtype, traits_of(family).keep_fp32)
+    return model.float()
 
 
 def traits_of(family: str) -> Traits:

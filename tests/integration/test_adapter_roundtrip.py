@@ -11,9 +11,12 @@ from peft_tiny import (
     RANKS,
     inject,
     logits_of,
+    make_batch,
+    make_rounded_stock,
     make_stock,
     prepare,
     relative_error,
+    token_losses,
     tokens,
     train_a_little,
 )
@@ -22,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from ssm_train.adapters.registry import adopt
 from ssm_train.errors import InputError
 from ssm_train.peft.export import export_adapter, load_adapter, read_adapter
+from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.lora import lora_layers
 from ssm_train.peft.merge import merge_adapter, write_merged
 
@@ -209,6 +213,43 @@ def test_bf16_base_gets_the_fp32_adapter_back(tmp_path):
     assert actual.keys() == expected.keys()
     for name, parameter in actual.items():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_convolution_trained_in_full(family, tmp_path):
+    """Beside LoRA on in_proj it is an adapter that stock PEFT loads and that works there."""
+    prepared = prepare(family, dtype=torch.bfloat16)
+    method = inject(prepared, target_modules=["in_proj"], modules_to_save=["conv1d"])
+    trained = [p for n, p in prepared.model.named_parameters() if "conv1d" in n and p.requires_grad]
+    assert len(trained) == 4 and all(p.dtype == torch.float32 for p in trained)
+    check_liveness(prepared.model.float(), make_batch(), token_losses)
+    train_a_little(prepared.model)
+    expected = logits_of(prepared.model, tokens(2, 13))
+    export(prepared, method, tmp_path)
+    assert config_of(tmp_path)["peft_type"] == "LORA"
+    stock = PeftModel.from_pretrained(make_rounded_stock(family), tmp_path)
+    assert type(stock.get_base_model()).__module__.startswith("transformers.")
+    assert relative_error(logits_of(stock, tokens(2, 13)), expected) < 1e-5
+    assert (
+        relative_error(
+            logits_of(load_adapter(make_rounded_stock(family), tmp_path), tokens(2, 13)),
+            expected,
+        )
+        < 1e-5
+    )
+    merged = merge_adapter(prepared.model, prepared.traits).model
+    assert relative_error(logits_of(merged, tokens(2, 13)), expected) < 1e-5
+    assert set(merged.state_dict()) == set(make_stock(family).state_dict())
+
+
+def test_another_implementation_of_the_family_is_refused(tmp_path):
+    from fla.models import MambaConfig, MambaForCausalLM
+
+    prepared = prepare("mamba")
+    export(prepared, inject(prepared), tmp_path)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    with pytest.raises(InputError, match="is another implementation"):
+        PeftModel.from_pretrained(MambaForCausalLM(MambaConfig(**sizes)), tmp_path)
 
 
 def test_card_and_loading_mistakes(tmp_path):

