@@ -160,6 +160,12 @@ def test_packed_rows_hold_every_example_once(count, tokens, rows_per_step):
         assert (filled[:-1] + lengths.max() > tokens).all()
 
 
+def test_a_row_may_be_exactly_full():
+    order = PackedOrder(np.array([8] * 6), 16)
+    assert order.row_starts(0).tolist() == [0, 2, 4, 6]
+    assert PackedOrder(np.array([16] * 3), 16).steps_per_epoch == 3
+
+
 def test_packed_steps_are_the_same_on_every_cut():
     lengths = some_lengths(3000)
     steps = {
