@@ -5,15 +5,17 @@ on CPU. Chunks of matrix products; a chunk whose gates are strong is bisected un
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_SIZES = (16, 32, 64)
+# Time per token with chunks of so many tokens, measured on CPU with K = 64, V = 128.
+CHUNK_COST = {64: 1.0, 32: 1.0, 16: 1.2}
 # exp(40) times exp(40) is still finite in fp32, so factors of this size cannot overflow.
 MILD = 40.0
-# A gate below this closes the channel: exp(-1e4) is 0, and sums of -1e4 stay exact in float64.
+# A gate below this closes its channel: exp(-1e4) is 0, and sums of -1e4 stay exact in float64.
 CLOSED = -1e4
 
 
@@ -49,49 +51,51 @@ def gla(
     """
     B, T, H, K = q.shape
     V = v.shape[-1]
-    assert k.shape == g.shape == q.shape, (q.shape, k.shape, g.shape)
+    assert k.shape == g.shape == q.shape and T > 0, (q.shape, k.shape, g.shape)
     assert v.shape == (B, T, H, V), (q.shape, v.shape)
-    lengths = (T,) * B
+    lengths = [T] * B
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
         assert B == 1 and offsets[0] == 0 and offsets[-1] == T, (q.shape, offsets)
-        lengths = tuple(end - start for start, end in zip(offsets, offsets[1:], strict=False))
+        lengths = [end - start for start, end in pairwise(offsets)]
+        assert min(lengths) >= 0, offsets
     dtype = torch.promote_types(v.dtype, torch.float32)
     if initial_state is None:
         initial_state = v.new_zeros(1, H, K, V, dtype=dtype)
-    initial_state = initial_state.to(dtype).expand(len(lengths), H, K, V)
+    state = initial_state.to(dtype).expand(len(lengths), H, K, V)
+
+    out_dtype = v.dtype
     with torch.autocast(q.device.type, enabled=False):
-        run = _step if T == 1 and len(lengths) == B else _run_chunks
         q, k, v, g = (x.to(dtype) for x in (q, k, v, g))
         q = q * (K**-0.5 if scale is None else scale)
-        o, state = run(q, k, v, g, initial_state, lengths)
-    return o.to(v.dtype), state if output_final_state else None
+        if T == 1 and cu_seqlens is None:
+            o, state = _step(q, k, v, g, state)
+        else:
+            o, state = _run_chunks(q, k, v, g, state, _plan(lengths, H, q.device))
+    return o.to(out_dtype), state if output_final_state else None
 
 
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, lengths: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """One token for each of B sequences, as in decoding."""
-    q, k, v, g = (x.squeeze(1) for x in (q, k, v, g))  # [B, H, ...]
+def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token for each sequence, as in decoding."""
+    q, k, v, g = (x.squeeze(1) for x in (q, k, v, g))  # [B, H, K or V]
     state = g.exp()[..., None] * state + k[..., None] * v[..., None, :]
     return (q[..., None, :] @ state).transpose(1, 2), state
 
 
 def _run_chunks(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, lengths: tuple[int, ...]
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor, layout: _Layout
 ) -> tuple[Tensor, Tensor]:
-    """The chunked form (section 4.3): within a chunk scores, between chunks a state."""
-    H, K, V = initial_state.shape[1:]
-    shape, layout = v.shape, _plan(lengths, H, q.device)
+    """The chunked form (section 4.2): scores within a chunk, a state from chunk to chunk."""
+    shape, dtype = v.shape, v.dtype
     q, k, v, g = (layout.cut(x) for x in (q, k, v, g))  # [M, C, K or V], M = chunks * H
-    # Differences of b must keep what a weak gate says after a strong one: hence float64.
+    # float64, because a weak gate after a strong one is a small difference of large sums.
     b = g.clamp(min=CLOSED).double().cumsum(1)
     total = b[:, -1:]
-    decay = total.exp().to(q.dtype).mT  # [M, K, 1]
-    written = (k * (total - b).exp().to(k.dtype)).mT @ v  # [M, K, V]
+    decay = total.to(dtype).exp().mT  # [M, K, 1]
+    written = (k * (total - b).to(dtype).exp()).mT @ v  # [M, K, V]
     states, final = _pass_states(decay, written, initial_state, layout)
-    o = (q * b.exp().to(q.dtype)) @ states
-    o = torch.baddbmm(o, _scores(q, k, b), v)
+    from_before = (q * b.to(dtype).exp()) @ states
+    o = torch.baddbmm(from_before, _scores(q, k, b), v)
     return layout.join(o, shape), final
 
 
@@ -116,39 +120,31 @@ def _pass_states(
 def _scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
     """A_ij = sum_c q_ic k_jc exp(b_ic - b_jc) for j <= i, else 0: [M, C, C] (eq. 4).
 
-    q, k: [M, C, K]. b: [M, C, K] float64, cumulative log decay, non-increasing along C.
+    q, k: [M, C, K]. b: [M, C, K] float64, cumulative log decay, falling along C. C a power of 2.
 
-    Exponents are taken about a middle token. Within a half of the sequence both factors of a
-    later query and an earlier key are at most 1, whatever the gates; between tokens of the same
-    half one factor may be large, which is allowed while the gates are mild.
+    The exponent is split about a middle token. For a query after it and a key before it both
+    factors are at most 1, whatever the gates. Within one half a factor can be large: allowed where
+    gates are mild, else the half is treated the same way, down to single tokens.
     """
     M, C, _ = q.shape
     if C == 1:
         return (q * k).sum(-1, keepdim=True)
-    half = C // 2
-    middle = b[:, half - 1 : half].detach()  # any choice gives the same result: no gradient
-    range_ = torch.maximum(b[:, 0] - middle[:, 0], middle[:, 0] - b[:, -1]).amax(-1)  # [M]
-    mild = range_ <= MILD
+    middle = b[:, C // 2 - 1 : C // 2].detach()  # any value gives the same result: no gradient
+    reach = torch.maximum(b[:, :1] - middle, middle - b[:, -1:]).amax((1, 2))  # [M]
+    mild = reach <= MILD
     if mild.all():
         return _factored(q, k, b, middle)
     if not mild.any():
         return _bisected(q, k, b, middle)
-    there = torch.cat([mild.nonzero()[:, 0], (~mild).nonzero()[:, 0]])
-    back = there.argsort()
-    n = int(mild.sum())
-    q, k, b, middle = (x[there] for x in (q, k, b, middle))
-    return torch.cat(
-        [
-            _factored(q[:n], k[:n], b[:n], middle[:n]),
-            _bisected(q[n:], k[n:], b[n:], middle[n:]),
-        ]
-    )[back]
+    order = mild.argsort(descending=True)
+    parts = [int(mild.sum()), int((~mild).sum())]
+    mild_parts, strong_parts = zip(*(x[order].split(parts) for x in (q, k, b, middle)), strict=True)
+    return torch.cat([_factored(*mild_parts), _bisected(*strong_parts)])[order.argsort()]
 
 
 def _factored(q: Tensor, k: Tensor, b: Tensor, middle: Tensor) -> Tensor:
-    q = q * (b - middle).to(q.dtype).exp()
-    k = k * (middle - b).to(k.dtype).exp()
-    return (q @ k.mT).tril()
+    relative = (b - middle).to(q.dtype)
+    return ((q * relative.exp()) @ (k * (-relative).exp()).mT).tril()
 
 
 def _bisected(q: Tensor, k: Tensor, b: Tensor, middle: Tensor) -> Tensor:
@@ -189,8 +185,7 @@ class _Move(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(there, back)
         moved = x.index_select(0, there.clamp(min=0))
-        moved[there < 0] = 0
-        return moved
+        return moved.index_fill_(0, (there < 0).nonzero()[:, 0], 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -198,23 +193,24 @@ class _Move(torch.autograd.Function):
         return _Move.apply(grad, back, there), None, None
 
 
-def _plan(lengths: tuple[int, ...], heads: int, device: torch.device) -> _Layout:
-    size = 64
+def _plan(lengths: list[int], heads: int, device: torch.device) -> _Layout:
+    """Cuts sequences of these lengths, joined in one row of tokens, into chunks of one size."""
+    size = min(CHUNK_COST, key=lambda C: CHUNK_COST[C] * sum(-(-n // C) * C for n in lengths))
     length = torch.tensor(lengths)
     start = length.cumsum(0) - length
-    chunks = (length + size - 1) // size  # per sequence
-    order = chunks.argsort(descending=True, stable=True)
+    chunks = (length + size - 1) // size  # of each sequence
+    order = chunks.argsort(descending=True)
     running = [int((chunks > step).sum()) for step in range(int(chunks.max()))]
+
     sequence = torch.cat([order[:n] for n in running])  # of each chunk
-    offset = torch.arange(len(running)).repeat_interleave(torch.tensor(running)) * size
-    within = offset[:, None] + torch.arange(size)  # [chunks, C]: position in the sequence
-    real = within < length[sequence, None]
-    tokens = torch.where(real, start[sequence, None] + within, -1)
-    slots = torch.where(
-        real[:, None], tokens[:, None] * heads + torch.arange(heads)[:, None], -1
-    )  # [chunks, H, C]
-    rows = torch.empty(sum(lengths) * heads, dtype=torch.long)
-    flat = slots.flatten()
-    place = (flat >= 0).nonzero()[:, 0]
-    rows[flat[place]] = place
-    return _Layout(size, running, *(x.to(device) for x in (order, slots.flatten(), rows)))
+    step = torch.arange(len(running)).repeat_interleave(torch.tensor(running))
+    position = step[:, None] * size + torch.arange(size)  # in the sequence, [chunks, C]
+    token = start[sequence, None] + position
+    head = torch.arange(heads)[:, None]
+    slots = token[:, None] * heads + head  # [chunks, H, C]
+    slots.masked_fill_((position >= length[sequence, None])[:, None], -1)
+    slots = slots.flatten()
+    filled = (slots >= 0).nonzero()[:, 0]
+    rows = torch.empty_like(filled)
+    rows[slots[filled]] = filled
+    return _Layout(size, running, order.to(device), slots.to(device), rows.to(device))
