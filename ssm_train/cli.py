@@ -211,7 +211,7 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     run_dir = existing(arguments.run_dir)
 
-    from ssm_train.train import evaluate_run
+    from ssm_train.finished import evaluate_run
 
     metrics = evaluate_run(
         run_dir,
@@ -234,7 +234,7 @@ def generate(arguments: argparse.Namespace) -> int:
         raise InputError('no prompts; give --prompt "..." or --file prompts.txt')
     run_dir = existing(arguments.run_dir)
 
-    from ssm_train.train import generate_from
+    from ssm_train.finished import generate_from
 
     for text in generate_from(
         run_dir,
@@ -253,10 +253,10 @@ def merge(arguments: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} already exists and is not an empty directory")
 
-    from ssm_train.train import merge_run
+    from ssm_train.finished import merge_run
 
-    merge_run(run_dir, out, checkpoint=arguments.checkpoint, device=arguments.device)
-    print(f"merged weights are in {out}")
+    difference = merge_run(run_dir, out, checkpoint=arguments.checkpoint, device=arguments.device)
+    print(f"merged weights are in {out}; logits differ by {difference:.1e} of the largest")
     return DONE
 
 

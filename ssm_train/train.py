@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-
-import torch
 
 from ssm_train import distributed
-from ssm_train.adapters import registry
-from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, Prepared
+from ssm_train.adapters.base import Batch
+from ssm_train.assemble import (
+    base_id,
+    base_run,
+    build_evaluation,
+    find_splits,
+    make_batches,
+    plan_order,
+    prepare_model,
+)
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, load_config, run_directory
-from ssm_train.data.batches import collate, pack
 from ssm_train.data.examples import TokenizedDataset
-from ssm_train.data.order import Order, PackedOrder, accumulation_for, build_order
-from ssm_train.data.sources import check_data, has_split, load_task_data, training_texts
-from ssm_train.data.vocabulary import build_tokenizer
+from ssm_train.data.sources import check_data, load_task_data
 from ssm_train.errors import InputError
-from ssm_train.evaluate import Evaluation
-from ssm_train.generate import Autocast, create_decoder
 from ssm_train.loop import Training, TrainState, plan_schedule, train
 from ssm_train.metrics import Progress, check_trackers
 from ssm_train.optim import build_optimizer
@@ -37,7 +37,6 @@ from ssm_train.resume import RunCheckpoints, find_resume_point
 from ssm_train.runlog import RunLog
 from ssm_train.summary import Result, export_weights, print_summary
 
-STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEBUG_EXAMPLES = {"train": 8, "val": 2, "test": 2}
 
 
@@ -55,12 +54,14 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
     splits = find_splits(cfg)
     check_data(cfg, splits)
     peft = load_peft(cfg.peft, cfg.peft_overrides.given())
-    base_id = train_base(cfg)
+    train_base(cfg)
 
     accelerator = distributed.build_accelerator(cfg.prec, cfg.device)
     device, rank = accelerator.device, distributed.rank()
     distributed.seed_everything(cfg.seed)
-    adapter, prepared, reason = prepare_model(cfg, base_id, str(device), frozen=peft is not None)
+    adapter, prepared, reason = prepare_model(
+        cfg, base_id(cfg), str(device), frozen=peft is not None
+    )
     data = {
         split: load_task_data(
             cfg, prepared.tokenizer, split, limit=DEBUG_EXAMPLES[split] if cfg.debug else None
@@ -98,6 +99,8 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
 
     if distributed.is_main():  # rank 0; from here on the run directory is ours
         create_run_directory(run_dir, dump_yaml(cfg), overwrite=cfg.overwrite)
+        if isinstance(cfg.tokenizer, dict):  # built from the training data
+            prepared.tokenizer.save_pretrained(run_dir / "tokenizer")
     distributed.barrier()
     model, prepared_optimizer = accelerator.prepare(bare, optimizer)
     checkpoints = RunCheckpoints(
@@ -163,109 +166,32 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
     )  # fmt: skip
     if distributed.is_main():  # rank 0
         if complete:
-            result.exported = export_weights(run_dir, prepared, method, base_id=base_id)
+            result.exported = export_weights(run_dir, prepared, method, base_id=base_id(cfg))
         print_summary(result, bare, bar.say)
     distributed.barrier()
     return result
 
 
-def find_splits(cfg: RunConfig) -> tuple[str, ...]:
-    """Of train, val and test, those that this run reads."""
-    if cfg.skip_eval:
-        return ("train",)
-    return ("train", "val", "test") if has_split(cfg, "test") else ("train", "val")
-
-
-def train_base(cfg: RunConfig) -> str | None:
-    """The id or directory of the model. All ranks.
-
-    Where `model` is a run config, its result: trained now unless that was done before.
-    """
-    if cfg.model is None or Path(cfg.model).suffix not in (".yaml", ".yml"):
-        return cfg.model
+def train_base(cfg: RunConfig) -> None:
+    """Where `model` is a run config, trains it, unless that was done before. All ranks."""
+    run_dir = base_run(cfg)
+    if run_dir is None:
+        return
+    assert cfg.model is not None
     base_cfg, provenance = load_config(cfg.model)
-    run_dir = run_directory(base_cfg, cfg.model)
+    if base_cfg.peft is not None:
+        raise InputError(f"model: {cfg.model} trains an adapter; a base needs peft: null")
+    if provenance["device"] == "default":
+        base_cfg = base_cfg.model_copy(update={"device": cfg.device})
     marker = run_dir / MARKER
     up_to_date = marker.is_file() and marker.read_text(encoding="utf-8") == dump_yaml(base_cfg)
-    if not (up_to_date and (run_dir / "model" / "config.json").is_file()):
-        if base_cfg.peft is not None:
-            raise InputError(f"model: {cfg.model} trains an adapter; a base needs peft: null")
-        device = cfg.device if provenance["device"] == "default" else base_cfg.device
-        base_cfg = base_cfg.model_copy(update={"device": device})
-        distributed.barrier()
-        fresh = base_cfg.model_copy(update={"overwrite": marker.is_file()})
-        outcome = run(fresh, provenance, cfg.model).outcome
+    up_to_date = up_to_date and (run_dir / "model" / "config.json").is_file()
+    distributed.barrier()  # every rank has looked before one of them writes
+    if not up_to_date:
+        base_cfg = base_cfg.model_copy(update={"overwrite": marker.is_file()})
+        outcome = run(base_cfg, provenance, cfg.model).outcome
         if outcome != "finished":
             raise InputError(f"model: training {cfg.model} ended early ({outcome})")
-    return str(run_dir / "model")
-
-
-def prepare_model(
-    cfg: RunConfig, base_id: str | None, device: str, *, frozen: bool
-) -> tuple[ModelAdapter, Prepared, str]:
-    """The adapter, the model with its tokenizer, and why this adapter.
-
-    `frozen`: the weights stay as they are and are stored in `prec`; else they train, in fp32.
-    """
-    with TemporaryDirectory() as directory:
-        tokenizer = cfg.tokenizer
-        if isinstance(tokenizer, dict):
-            build_tokenizer(training_texts(cfg), tokenizer).save_pretrained(directory)
-            tokenizer = directory
-        spec = ModelSpec(
-            model=base_id,
-            new_model=cfg.new_model,
-            tokenizer=tokenizer,
-            adapter=cfg.adapter,
-            revision=cfg.revision,
-            dtype=STORAGE[cfg.prec] if frozen else torch.float32,
-            kernels=cfg.kernels,
-            gradient_checkpointing=cfg.gradient_checkpointing,
-            device=device,
-        )
-        adapter, reason = registry.resolve(spec)
-        if cfg.packing and "packing" not in adapter.traits.supports:
-            raise InputError(f"packing: {adapter.name} models cannot be packed; set packing: false")
-        prepared = adapter.prepare(spec)
-    return adapter, prepared, reason
-
-
-def plan_order(cfg: RunConfig, train: TokenizedDataset, global_batch: int | None) -> Order:
-    """The order of the training data; a resumed run keeps its `global_batch` on any world size."""
-    world, accumulation = distributed.world_size(), cfg.gradient_accumulation_steps
-    if global_batch is not None:
-        batch_size = 1 if cfg.packing else cfg.batch_size
-        accumulation = accumulation_for(global_batch, batch_size, world)
-    return build_order(train.lengths, cfg, world, accumulation)
-
-
-def make_batches(train: TokenizedDataset, order: Order, cfg: RunConfig, step: int) -> list[Batch]:
-    """This rank's micro-batches of optimizer step `step`."""
-    rows = order.rank_micro_batches(step, distributed.rank())
-    if isinstance(order, PackedOrder):
-        return [pack(train, row, cfg.tokens_per_batch) for row in rows]
-    return [collate(train, row) for row in rows]
-
-
-def build_evaluation(
-    cfg: RunConfig,
-    adapter: ModelAdapter,
-    dataset: TokenizedDataset,
-    prepared: Prepared,
-    autocast: Autocast,
-) -> Evaluation:
-    """How a split is evaluated: by loss, label tokens, or generation when `eval_gen` says how."""
-    batch_size = cfg.eval_batch_size or 2 * cfg.batch_size
-    decoder = None
-    if cfg.eval_gen is not None:
-        decoder = create_decoder(
-            prepared.tokenizer, batch_size=batch_size, autocast=autocast, **cfg.eval_gen
-        )
-    return Evaluation(
-        dataset, prepared.tokenizer, adapter.token_losses, adapter.token_logits, batch_size,
-        decoder, autocast, distributed.rank(), distributed.world_size(),
-        distributed.gather_objects, distributed.reduce_sum,
-    )  # fmt: skip
 
 
 def describe_data(data: Mapping[str, TokenizedDataset], steps: int, steps_per_epoch: int) -> str:

@@ -1,0 +1,111 @@
+"""From a config to its parts: the model with its tokenizer, the data's order, the evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from ssm_train import distributed
+from ssm_train.adapters import registry
+from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, Prepared
+from ssm_train.config import RunConfig, load_config, run_directory
+from ssm_train.data.batches import collate, pack
+from ssm_train.data.examples import TokenizedDataset
+from ssm_train.data.order import Order, PackedOrder, accumulation_for, build_order
+from ssm_train.data.sources import has_split, training_texts
+from ssm_train.data.vocabulary import build_tokenizer
+from ssm_train.errors import InputError
+from ssm_train.evaluate import Evaluation
+from ssm_train.generate import Autocast, create_decoder
+
+STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def base_run(cfg: RunConfig) -> Path | None:
+    """The directory of the run whose result is the model, where `model` is a run config."""
+    if cfg.model is None or Path(cfg.model).suffix not in (".yaml", ".yml"):
+        return None
+    return run_directory(load_config(cfg.model)[0], cfg.model)
+
+
+def base_id(cfg: RunConfig) -> str | None:
+    """Hub id or directory of the model before training; None for a new one."""
+    directory = base_run(cfg)
+    return cfg.model if directory is None else str(directory / "model")
+
+
+def find_splits(cfg: RunConfig) -> tuple[str, ...]:
+    """Of train, val and test, those that this run reads."""
+    if cfg.skip_eval:
+        return ("train",)
+    return ("train", "val", "test") if has_split(cfg, "test") else ("train", "val")
+
+
+def prepare_model(
+    cfg: RunConfig, model: str | None, device: str, *, frozen: bool
+) -> tuple[ModelAdapter, Prepared, str]:
+    """The adapter, the model with its tokenizer, and why this adapter.
+
+    `frozen`: the weights stay as they are and are stored in `prec`; else they train, in fp32.
+    """
+    with TemporaryDirectory() as directory:
+        tokenizer = cfg.tokenizer
+        if isinstance(tokenizer, dict):
+            build_tokenizer(training_texts(cfg), tokenizer).save_pretrained(directory)
+            tokenizer = directory
+        spec = ModelSpec(
+            model=model,
+            new_model=cfg.new_model,
+            tokenizer=tokenizer,
+            adapter=cfg.adapter,
+            revision=cfg.revision,
+            dtype=STORAGE[cfg.prec] if frozen else torch.float32,
+            kernels=cfg.kernels,
+            gradient_checkpointing=cfg.gradient_checkpointing,
+            device=device,
+        )
+        adapter, reason = registry.resolve(spec)
+        if cfg.packing and "packing" not in adapter.traits.supports:
+            raise InputError(f"packing: {adapter.name} models cannot be packed; set packing: false")
+        prepared = adapter.prepare(spec)
+    return adapter, prepared, reason
+
+
+def plan_order(cfg: RunConfig, train: TokenizedDataset, global_batch: int | None) -> Order:
+    """The order of the training data; a resumed run keeps its `global_batch` on any world size."""
+    world, accumulation = distributed.world_size(), cfg.gradient_accumulation_steps
+    if global_batch is not None:
+        batch_size = 1 if cfg.packing else cfg.batch_size
+        accumulation = accumulation_for(global_batch, batch_size, world)
+    return build_order(train.lengths, cfg, world, accumulation)
+
+
+def make_batches(train: TokenizedDataset, order: Order, cfg: RunConfig, step: int) -> list[Batch]:
+    """This rank's micro-batches of optimizer step `step`."""
+    rows = order.rank_micro_batches(step, distributed.rank())
+    if isinstance(order, PackedOrder):
+        return [pack(train, row, cfg.tokens_per_batch) for row in rows]
+    return [collate(train, row) for row in rows]
+
+
+def build_evaluation(
+    cfg: RunConfig,
+    adapter: ModelAdapter,
+    dataset: TokenizedDataset,
+    prepared: Prepared,
+    autocast: Autocast,
+) -> Evaluation:
+    """How a split is evaluated: by loss, label tokens, or generation when `eval_gen` says how."""
+    batch_size = cfg.eval_batch_size or 2 * cfg.batch_size
+    decoder = None
+    if cfg.eval_gen is not None:
+        decoder = create_decoder(
+            prepared.tokenizer, batch_size=batch_size, autocast=autocast, **cfg.eval_gen
+        )
+    return Evaluation(
+        dataset, prepared.tokenizer, adapter.token_losses, adapter.token_logits, batch_size,
+        decoder, autocast, distributed.rank(), distributed.world_size(),
+        distributed.gather_objects, distributed.reduce_sum,
+    )  # fmt: skip

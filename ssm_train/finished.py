@@ -1,0 +1,128 @@
+"""A run loaded again: to evaluate it, to generate with it, to merge its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ssm_train import distributed, snapshot
+from ssm_train.adapters.base import ModelAdapter, Prepared
+from ssm_train.assemble import base_id, build_evaluation, prepare_model
+from ssm_train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, read_pointer
+from ssm_train.config import RunConfig, load_config
+from ssm_train.data.sources import load_task_data
+from ssm_train.errors import InputError
+from ssm_train.generate import generate_text
+from ssm_train.peft.spec import load_peft
+from ssm_train.record import MARKER
+
+
+def load_run(run_dir: str | Path, checkpoint: str = "best", device: str = "auto") -> Any:
+    """(model, tokenizer) of a run, in evaluation mode.
+
+    `checkpoint`: "best" (the exported weights), "last", or a step. Raises InputError.
+    """
+    _, _, prepared, _ = open_run(Path(run_dir), checkpoint, device)
+    return prepared.model.eval(), prepared.tokenizer
+
+
+def open_run(
+    run_dir: Path, checkpoint: str, device: str, **changes: Any
+) -> tuple[RunConfig, ModelAdapter, Prepared, str | None]:
+    """Config with `changes`, adapter, model and the base's id. Nothing is written."""
+    cfg, _ = load_config(run_dir / MARKER)
+    cfg = cfg.model_copy(update={"device": device, **changes})
+    accelerator = distributed.build_accelerator(cfg.prec, cfg.device)
+    place = str(accelerator.device)
+    peft = load_peft(cfg.peft, cfg.peft_overrides.given())
+    if peft is None and checkpoint == "best":
+        exported = exported_weights(run_dir, "model")
+        cfg = cfg.model_copy(update={"new_model": None, "tokenizer": None})
+        return cfg, *prepare_model(cfg, str(exported), place, frozen=True)[:2], None
+    if isinstance(cfg.tokenizer, dict):  # was built from the training data
+        cfg = cfg.model_copy(update={"tokenizer": str(run_dir / "tokenizer")})
+    base = base_id(cfg)
+    adapter, prepared, _ = prepare_model(cfg, base, place, frozen=peft is not None)
+    if checkpoint == "best":
+        from ssm_train.peft.export import load_adapter
+
+        prepared.model = load_adapter(prepared.model, exported_weights(run_dir, "adapter"))
+        return cfg, adapter, prepared, base
+    method = peft.make() if peft else None
+    if method:
+        method.inject(prepared)
+    found = load_checkpoint(find_checkpoint(run_dir, checkpoint))
+    snapshot.load_parameters(prepared.model, found.tensors["trainable"])
+    if method and "base" in found.tensors:
+        method.restore_base(prepared.model, found.tensors["base"])
+    return cfg, adapter, prepared, base
+
+
+def exported_weights(run_dir: Path, kind: str) -> Path:
+    if not (run_dir / kind).is_dir():
+        raise InputError(
+            f"{run_dir} has no {kind}/ yet: the run has not finished; give --checkpoint last, "
+            "or finish it with --resume"
+        )
+    return run_dir / kind
+
+
+def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
+    """The directory of "last" or of a step. Raises InputError naming those that exist."""
+    steps = [step for step, _ in list_checkpoints(run_dir)]
+    step = read_pointer(run_dir, "last") if checkpoint == "last" else checkpoint
+    if not str(step).isdigit() or int(str(step)) not in steps:
+        have = ", ".join(map(str, sorted(steps))) or "none"
+        raise InputError(f"--checkpoint {checkpoint}: {run_dir} has checkpoints of steps: {have}")
+    return checkpoint_path(run_dir, int(str(step)))
+
+
+def evaluate_run(
+    run_dir: Path, *, data: str | None, split: str | None, checkpoint: str, device: str
+) -> dict[str, float]:
+    """Loss and metrics of a run on its own or other data."""
+    changes = {"val_data": data, "data": data} if data else {}
+    cfg, adapter, prepared, _ = open_run(run_dir, checkpoint, device, **changes)
+    split = split or ("val" if data is None or cfg.val_data_split == "val" else cfg.val_data_split)
+    dataset = load_task_data(cfg, prepared.tokenizer, split)
+    place = next(prepared.model.parameters()).device
+    autocast = partial(distributed.autocast, cfg.prec, place)
+    values, _ = build_evaluation(cfg, adapter, dataset, prepared, autocast).run(prepared.model)
+    return values
+
+
+def generate_from(
+    run_dir: Path,
+    prompts: Sequence[str],
+    *,
+    checkpoint: str,
+    device: str,
+    max_new_tokens: int,
+    num_beams: int,
+) -> list[str]:
+    """One answer a prompt."""
+    cfg, _, prepared, _ = open_run(run_dir, checkpoint, device)
+    place = next(prepared.model.parameters()).device
+    return generate_text(
+        prepared.model,
+        prepared.tokenizer,
+        prompts,
+        autocast=partial(distributed.autocast, cfg.prec, place),
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+    )
+
+
+def merge_run(run_dir: Path, out: Path, *, checkpoint: str, device: str) -> float:
+    """Writes base plus adapter as full weights that any transformers install loads; returns how
+    far its logits are from base plus adapter, relative to the largest."""
+    from ssm_train.peft.merge import merge_adapter, write_merged
+
+    cfg, _, prepared, base = open_run(run_dir, checkpoint, device)
+    if cfg.peft is None:
+        raise InputError(f"{run_dir} is full fine-tuning; its full weights are in {run_dir}/model")
+    merged = merge_adapter(prepared.model, prepared.traits)
+    write_merged(merged, out, base_id=base or "", tokenizer=prepared.tokenizer)
+    return merged.difference
