@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def load_weights(model_class: Any, spec: ModelSpec) -> Any:
     transformers would fill in random weights with a warning.
     """
     assert spec.model is not None
-    with spec.init_context():
+    with spec.init_context(), no_progress_bars(spec.model):
         try:
             model, report = model_class.from_pretrained(
                 spec.model,
@@ -109,6 +110,28 @@ def load_weights(model_class: Any, spec: ModelSpec) -> Any:
         misshapen=[str(entry[0]) for entry in report["mismatched_keys"]],
     )
     return model
+
+
+@contextmanager
+def no_progress_bars(model: str | Path) -> Iterator[None]:
+    """Keeps transformers' bars off the terminal for files that are here; a download shows them."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if shown and Path(model).expanduser().exists():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def save_model(model: Any, directory: Path) -> None:
+    """Writes weights and configuration in transformers' format, without a word."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with no_progress_bars(directory):
+        model.save_pretrained(directory)
 
 
 def load_or_make(model_class: Any, config_class: Any, spec: ModelSpec, tokenizer: Any) -> Any:

@@ -13,9 +13,9 @@ from transformers import DynamicCache, Mamba2Config, MambaConfig
 from transformers.models.mamba import modeling_mamba as stock1
 from transformers.models.mamba2 import modeling_mamba2 as stock2
 
-from ssm_train.adapters import common, loading, mamba_checkpoint
+from ssm_train.adapters import common, loading, mamba_checkpoint, mamba_cuda
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
-from ssm_train.adapters.mamba_mixer import GatedRMSNorm, Mamba2Mixer, MambaMixer
+from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer, MambaMixer
 from ssm_train.errors import InputError
 from ssm_train.kernels import causal_conv1d, selective_scan, ssd
 
@@ -208,15 +208,18 @@ class MambaAdapter:
     model_class: Any
     kernels: dict[str, Any]
     """op -> its package."""
+    fast_kernels: dict[str, str]
+    """op -> what runs it on a GPU where mamba_ssm is installed."""
 
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`."""
-        chosen = {op: package.implementation() for op, package in self.kernels.items()}
-        if kernels != "auto" and (others := set(chosen.values()) - {kernels}):
+        if kernels == "triton":
             raise InputError(
-                f"kernels: {kernels} was asked for, but {self.name} runs on {min(others)} "
-                f"kernels on {device} ({', '.join(chosen)}); use kernels: auto"
+                f"kernels: {self.name} has no Triton kernels of this package yet; use kernels: auto"
             )
+        chosen = {op: package.implementation() for op, package in self.kernels.items()}
+        if kernels == "auto" and mamba_cuda.available(device):
+            chosen |= self.fast_kernels
         return chosen
 
     def prepare(self, spec: ModelSpec) -> Prepared:
@@ -224,6 +227,9 @@ class MambaAdapter:
         tokenizer = loading.load_tokenizer(spec, default=DEFAULT_TOKENIZER)
         model = self._load(spec, tokenizer)
         adopt(model)
+        for module in model.modules():
+            if isinstance(module, CachedMixer):
+                module.fast = bool(self.fast_kernels.items() & kernels.items())
         model = common.finish(model, spec, tokenizer, self.traits)
         return Prepared(model, tokenizer, self.traits, kernels)
 
@@ -254,6 +260,7 @@ MAMBA = MambaAdapter(
     MambaConfig,
     stock1.MambaForCausalLM,
     {"causal_conv1d": causal_conv1d, "selective_scan": selective_scan},
+    {"selective_scan": "mamba_ssm (CUDA)"},
 )
 MAMBA2 = MambaAdapter(
     "mamba2",
@@ -261,4 +268,5 @@ MAMBA2 = MambaAdapter(
     Mamba2Config,
     stock2.Mamba2ForCausalLM,
     {"causal_conv1d": causal_conv1d, "ssd": ssd},
+    {"ssd": "mamba_ssm (Triton)"},
 )

@@ -14,6 +14,7 @@ from transformers.models.mamba import modeling_mamba as stock1
 from transformers.models.mamba2 import modeling_mamba2 as stock2
 
 from ssm_train.adapters import common
+from ssm_train.adapters.mamba_cuda import selective_scan_cuda, ssd_triton
 from ssm_train.kernels.selective_scan import selective_scan
 from ssm_train.kernels.ssd import ssd
 
@@ -23,6 +24,8 @@ class CachedMixer:
 
     fp32_names: tuple[str, ...]
     dtype_checked = False
+    fast = False
+    """Use mamba_ssm's kernels for tensors on a GPU."""
 
     def _check_dtype(self: Any) -> None:
         if not self.dtype_checked:
@@ -71,8 +74,9 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
         )
         dt = step_sizes(self.dt_proj(dt), real)
+        scan = selective_scan_cuda if self.fast and x.is_cuda else selective_scan
         with torch.autocast(x.device.type, enabled=False):
-            y, state = selective_scan(
+            y, state = scan(
                 x,
                 dt,
                 -torch.exp(self.A_log),
@@ -110,8 +114,9 @@ class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
         x, B, C = xBC.split([self.intermediate_size, groups, groups], dim=-1)
         # The bias promotes dt to fp32 before the softplus.
         dt = step_sizes(dt + self.dt_bias, real, *self.time_step_limit)  # [B, T, heads]
+        scan = ssd_triton if self.fast and x.is_cuda else ssd
         with torch.autocast(x.device.type, enabled=False):
-            y, state = ssd(
+            y, state = scan(
                 x.unflatten(-1, (self.num_heads, self.head_dim)),
                 dt,
                 -torch.exp(self.A_log),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -35,7 +36,10 @@ def gla() -> Family:
             "model: GLA needs flash-linear-attention and triton, which exist on Linux only: "
             "pip install 'flash-linear-attention>=0.6,<0.7' 'triton>=3.3'"
         )
-    from ssm_train.adapters import gla
+    with warnings.catch_warnings():
+        # fla's greeting on a CPU; the log says which kernels run.
+        warnings.filterwarnings("ignore", message="Triton is not supported")
+        from ssm_train.adapters import gla
 
     return gla.GLA, gla.adopt
 

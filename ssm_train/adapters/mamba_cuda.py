@@ -1,0 +1,110 @@
+"""mamba_ssm's GPU kernels under the signatures of ours: the scan of Mamba-1 (CUDA) and the chunked
+SSD of Mamba-2 (Triton). Used on a GPU where mamba_ssm is installed.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_train.kernels.selective_scan import selective_scan
+from ssm_train.kernels.ssd import ssd
+
+RESET = 1e6  # a step size after which exp(dt * A) is exactly 0 in fp32
+
+
+def available(device: str | torch.device) -> bool:
+    """Whether tensors on `device` can go through mamba_ssm."""
+    return torch.device(device).type == "cuda" and find_spec("mamba_ssm") is not None
+
+
+def selective_scan_cuda(
+    u: Tensor,  # [B, T, d]
+    dt: Tensor,  # [B, T, d] fp32
+    A: Tensor,  # [d, n]
+    B: Tensor,  # [B, T, n]
+    C: Tensor,  # [B, T, n]
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    output_final_state: bool = False,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`kernels.selective_scan`, by mamba_ssm's kernel, in fp32 (it wants one dtype for u and dt).
+
+    The kernel has no initial state: steps that go on from one take the plain path. It has no
+    documents either: a separator of input 0 and a huge step size between two of them empties the
+    state exactly, as exp(-1e6) is 0.
+    """
+    options: dict[str, Any] = {"D": D, "z": z, "output_final_state": output_final_state}
+    if initial_state is not None:
+        return selective_scan(u, dt, A, B, C, initial_state=initial_state, **options)
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    assert not (output_final_state and cu_seqlens is not None), "packed rows have no cache"
+    dtype, places = u.dtype, None
+    inputs = [x.float() for x in (u, dt, B, C, *([] if z is None else [z]))]
+    if cu_seqlens is not None:
+        places = separated(cu_seqlens, u.shape[1])
+        length = u.shape[1] + cu_seqlens.numel() - 2
+        inputs = [
+            x.new_full((1, length, x.shape[-1]), RESET if i == 1 else 0.0).index_copy(1, places, x)
+            for i, x in enumerate(inputs)
+        ]
+    u, dt, B, C, *gate = (x.mT.contiguous() for x in inputs)  # [B, d or n, T]
+    result = selective_scan_fn(
+        u, dt, A, B, C, D, gate[0] if gate else None, return_last_state=output_final_state
+    )
+    y, state = result if output_final_state else (result, None)
+    y = y.mT if places is None else y.mT.index_select(1, places)
+    return y.to(dtype), state
+
+
+def separated(cu_seqlens: Tensor, length: int) -> Tensor:
+    """[T] places of the tokens of a packed row in one with a separator between two documents."""
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    return tokens + torch.searchsorted(cu_seqlens[1:-1], tokens.int(), right=True)
+
+
+def ssd_triton(
+    x: Tensor,  # [B, T, H, P]
+    dt: Tensor,  # [B, T, H] fp32
+    A: Tensor,  # [H]
+    B: Tensor,  # [B, T, G, n]
+    C: Tensor,  # [B, T, G, n]
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    output_final_state: bool = False,
+    D: Tensor | None = None,
+    chunk_size: int = 256,
+) -> tuple[Tensor, Tensor | None]:
+    """`kernels.ssd` by mamba_ssm's Triton kernels; one token at a time takes the plain path."""
+    if x.shape[1] == 1:
+        return ssd(
+            x, dt, A, B, C, D=D, initial_state=initial_state, output_final_state=output_final_state
+        )
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    assert cu_seqlens is None or initial_state is None, "packed rows start from zero"
+    documents = None
+    if cu_seqlens is not None:
+        tokens = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
+        documents = torch.searchsorted(cu_seqlens[1:-1], tokens, right=True)[None].int()
+    result = mamba_chunk_scan_combined(
+        x.contiguous(),
+        dt,
+        A,
+        B.contiguous(),
+        C.contiguous(),
+        chunk_size,
+        D=D,
+        initial_states=initial_state,
+        seq_idx=documents,
+        return_final_states=output_final_state,
+    )
+    return result if output_final_state else (result, None)
