@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fla.ops.gla.naive import naive_recurrent_gla
 from torch import Tensor
 from transformers.models.mamba.modeling_mamba import causal_conv1d_fn, mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 from ssm_train.kernels.causal_conv1d import causal_conv1d
+from ssm_train.kernels.gla import gla
 from ssm_train.kernels.selective_scan import selective_scan
 from ssm_train.kernels.ssd import ssd
 
@@ -97,6 +99,29 @@ def ssd_case(rows: int, length: int, heads: int, dim: int, states: int) -> Case:
     )
 
 
+def gla_case(rows: int, length: int, heads: int, K: int, V: int, gates: str) -> Case:
+    """Gates of fla's default layer are logsigmoid(x) / 16."""
+    log_decay_factor = {"typical": 1 / 16, "strong": 4.0}[gates]
+
+    def make_inputs() -> Inputs:
+        shape = (rows, length, heads, K)
+        return {
+            "q": torch.randn(shape),
+            "k": torch.randn(shape),
+            "v": torch.randn(rows, length, heads, V),
+            "g": F.logsigmoid(torch.randn(shape)) * log_decay_factor,
+        }
+
+    return Case(
+        op="gla",
+        shape=f"B={rows} T={length} H={heads} K={K} V={V} {gates}",
+        replaces="fla, naive recurrence",
+        make_inputs=make_inputs,
+        ours=lambda **inputs: gla(**inputs)[0],
+        theirs=lambda q, k, v, g: naive_recurrent_gla(q, k, v, g)[0],
+    )
+
+
 def causal_conv1d_case(rows: int, length: int, channels: int, width: int) -> Case:
     def make_inputs() -> Inputs:
         return {
@@ -116,6 +141,10 @@ def causal_conv1d_case(rows: int, length: int, channels: int, width: int) -> Cas
 
 
 CASES = (
+    gla_case(rows=2, length=256, heads=4, K=64, V=128, gates="typical"),
+    gla_case(rows=2, length=1024, heads=4, K=64, V=128, gates="typical"),
+    gla_case(rows=2, length=256, heads=4, K=64, V=128, gates="strong"),
+    gla_case(rows=2, length=1024, heads=4, K=64, V=128, gates="strong"),
     selective_scan_case(rows=2, length=256, channels=512, states=16),
     selective_scan_case(rows=2, length=1024, channels=512, states=16),
     ssd_case(rows=2, length=256, heads=16, dim=64, states=64),
@@ -166,7 +195,7 @@ def main() -> None:
 
     machine = describe_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print(f"{'op':16}{'shape':34}{'ours ms':>9}{'theirs':>9}{'ratio':>7}{'differ':>9}  replaces")
+    print(f"{'op':16}{'shape':36}{'ours ms':>9}{'theirs':>9}{'ratio':>7}{'differ':>9}  replaces")
     timings = []
     for case in CASES:
         if args.op in (None, case.op):
@@ -174,7 +203,7 @@ def main() -> None:
             timings.append(asdict(t))
             ratio = t.theirs_ms / t.ours_ms
             print(
-                f"{t.op:16}{t.shape:34}{t.ours_ms:9.1f}{t.theirs_ms:9.1f}{ratio:6.1f}x"
+                f"{t.op:16}{t.shape:36}{t.ours_ms:9.1f}{t.theirs_ms:9.1f}{ratio:6.1f}x"
                 f"{t.largest_difference:9.0e}  {t.replaces}"
             )
     if args.json:
