@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
@@ -99,3 +100,11 @@ def write_tokenizer() -> Callable[..., None]:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
 
     return write
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port on which a rendezvous can listen."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
