@@ -215,7 +215,8 @@ class MambaAdapter:
         """See `adapters.base.ModelAdapter`."""
         if kernels == "triton":
             raise InputError(
-                f"kernels: triton was asked for, but {self.name} has none here yet; use kernels: auto"
+                f"kernels: triton was asked for, but {self.name} has none here yet; "
+                "use kernels: auto"
             )
         chosen = {op: package.implementation() for op, package in self.kernels.items()}
         if kernels == "auto" and mamba_cuda.available(device):
