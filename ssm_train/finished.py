@@ -9,10 +9,9 @@ from typing import Any
 
 from ssm_train import distributed, snapshot
 from ssm_train.adapters.base import ModelAdapter, Prepared
-from ssm_train.assemble import base_id, build_evaluation, prepare_model
+from ssm_train.assemble import base_id, build_evaluation, load_examples, prepare_model
 from ssm_train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, read_pointer
 from ssm_train.config import RunConfig, load_config
-from ssm_train.data.sources import load_task_data
 from ssm_train.errors import InputError
 from ssm_train.generate import generate_text
 from ssm_train.peft.spec import load_peft
@@ -43,7 +42,7 @@ def open_run(
         return cfg, *prepare_model(cfg, str(exported), place, frozen=True)[:2], None
     if isinstance(cfg.tokenizer, dict):  # was built from the training data
         cfg = cfg.model_copy(update={"tokenizer": str(run_dir / "tokenizer")})
-    base = base_id(cfg)
+    base = base_id(cfg, run_dir)
     adapter, prepared, _ = prepare_model(cfg, base, place, frozen=peft is not None)
     if checkpoint == "best":
         from ssm_train.peft.export import load_adapter
@@ -86,7 +85,7 @@ def evaluate_run(
     changes = {"val_data": data, "data": data} if data else {}
     cfg, adapter, prepared, _ = open_run(run_dir, checkpoint, device, **changes)
     split = split or ("val" if data is None or cfg.val_data_split == "val" else cfg.val_data_split)
-    dataset = load_task_data(cfg, prepared.tokenizer, split)
+    dataset = load_examples(cfg, prepared.tokenizer, split)
     place = next(prepared.model.parameters()).device
     autocast = partial(distributed.autocast, cfg.prec, place)
     values, _ = build_evaluation(cfg, adapter, dataset, prepared, autocast).run(prepared.model)

@@ -117,9 +117,10 @@ Outcome = Literal["finished", "stopped", "bad_loss", "low_metric"]
 
 def train(run: Training, state: TrainState) -> Outcome:
     """Trains from `state.step` to the end of the schedule. All ranks."""
-    schedule, pending, clock = run.schedule, None, time.perf_counter()
+    schedule, clock = run.schedule, time.perf_counter()
+    unread: list[Report] = []
     while state.step < schedule.total_steps:
-        report = train_step(run, state.step)
+        unread.append(train_step(run, state.step))
         state.step += 1
         step = state.step
         last = step == schedule.total_steps
@@ -129,14 +130,9 @@ def train(run: Training, state: TrainState) -> Outcome:
 
         # The status of a step is read one step late, so that the host never waits for the device;
         # only where something is written does it have to be complete.
-        reports = [pending] if pending else []
-        pending = report
-        if due_log or due_eval or due_save:
-            reports.append(report)
-            pending = None
-        stop = False
-        for done in reports:
-            status = done.read()
+        stop, complete = False, due_log or due_eval or due_save
+        while len(unread) > (0 if complete or stop else 1):
+            status = unread.pop(0).read()
             stop |= status.stop
             state.tokens += status.tokens
             state.skipped_steps += status.skipped

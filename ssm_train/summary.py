@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ssm_train.adapters.base import PeftMethod, Prepared
+from ssm_train.adapters.loading import save_model
 from ssm_train.evaluate import Row
 from ssm_train.loop import Outcome
 from ssm_train.plot import plot_metrics
@@ -33,20 +34,29 @@ class Result:
 
 
 def export_weights(
-    run_dir: Path, prepared: Prepared, method: PeftMethod | None, *, base_id: str | None
+    run_dir: Path,
+    prepared: Prepared,
+    method: PeftMethod | None,
+    *,
+    base_id: str | None,
+    revision: str | None = None,
 ) -> Path:
     """Rank 0. Writes `adapter/` (PEFT's format) or, after full fine-tuning, `model/`
     (transformers' format), with the tokenizer; returns the directory."""
     if method is None:
         path = run_dir / "model"
-        prepared.model.save_pretrained(path)  # type: ignore[operator]
+        save_model(prepared.model, path)
     else:
         from ssm_train.peft.export import export_adapter
 
+        assert base_id is not None, "an adapter belongs to weights that exist as files"
+        if Path(base_id).exists():
+            base_id = str(Path(base_id).resolve())  # right from any working directory
         path = export_adapter(
             prepared.model,
             run_dir / "adapter",
-            base_id=base_id or "",
+            base_id=base_id,
+            revision=revision,
             traits=prepared.traits,
             initial=getattr(method, "initial", None),
         )

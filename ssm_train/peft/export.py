@@ -19,7 +19,7 @@ from ssm_train.adapters.base import Traits
 from ssm_train.adapters.common import matches
 from ssm_train.errors import InputError
 from ssm_train.peft.cards import adapter_card
-from ssm_train.peft.lora import lora_layers
+from ssm_train.peft.lora import lora_layers, quiet_peft
 from ssm_train.peft.registration import SSM_LORA
 
 WEIGHTS = "adapter_model.safetensors"
@@ -85,7 +85,8 @@ def load_adapter(model: nn.Module, directory: str | Path, is_trainable: bool = F
     directory = Path(directory)
     tensors = read_adapter(directory)
     try:
-        loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
+        with quiet_peft():
+            loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
     except (ValueError, RuntimeError) as error:  # other names, other shapes
         reason = " ".join(str(error).split())[:400]
         raise InputError(f"{directory} does not fit this base model: {reason}") from error

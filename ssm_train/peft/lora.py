@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -129,7 +130,8 @@ class LoraMethod:
                 target_modules=targets,
                 **settings.model_dump(exclude={"target_modules"}),
             )
-        prepared.model = get_peft_model(model, config)
+        with quiet_peft():
+            prepared.model = get_peft_model(model, config)
         for parameter in prepared.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -167,6 +169,14 @@ class LoraMethod:
         with torch.no_grad():
             for name, layer in lora_layers(model).items():
                 layer.get_base_layer().weight.copy_(tensors[f"weight.{name}"])
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that PEFT asks transformers for a property under its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_train.adapters.base import Traits
+from ssm_train.adapters.loading import save_model
 from ssm_train.errors import InputError
 from ssm_train.peft.cards import merged_card
 from ssm_train.peft.export import needs_ssm_lora
@@ -75,7 +76,7 @@ def write_merged(
     """
     directory = Path(directory)
     model: Any = merged.model
-    model.save_pretrained(directory)
+    save_model(model, directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     _verify(model, directory)
