@@ -37,7 +37,7 @@ class EvalSettings(Settings):
     metric_for_best: str | None = None
     """Metric that chooses the best checkpoint; None: the task's main metric."""
     max_eval_examples: int | None = Field(default=None, ge=1)
-    """Evaluate on at most this many examples."""
+    """Evaluate on the first so many examples of a split; None: on all."""
 
     @field_validator("eval_gen")
     @classmethod
