@@ -11,6 +11,7 @@ import torch
 from ssm_train import distributed
 from ssm_train.adapters import registry
 from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, Prepared
+from ssm_train.adapters.loading import save_model
 from ssm_train.config import RunConfig, load_config, run_directory
 from ssm_train.data.batches import collate, pack
 from ssm_train.data.examples import TokenizedDataset
@@ -21,6 +22,7 @@ from ssm_train.errors import InputError
 from ssm_train.evaluate import Evaluation
 from ssm_train.generate import Autocast, create_decoder
 
+NEW_BASE = "base"  # directory of a run: the new model that its adapter belongs to
 DEBUG_EXAMPLES = {"train": 8, "val": 2, "test": 2}
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -32,10 +34,23 @@ def base_run(cfg: RunConfig) -> Path | None:
     return run_directory(load_config(cfg.model)[0], cfg.model)
 
 
-def base_id(cfg: RunConfig) -> str | None:
-    """Hub id or directory of the model before training; None for a new one."""
+def base_id(cfg: RunConfig, run_dir: Path) -> str | None:
+    """Hub id or directory of the model before training; None for one that is still to be made."""
+    if cfg.model is None:
+        kept = run_dir / NEW_BASE
+        return str(kept) if kept.is_dir() and not cfg.overwrite else None
     directory = base_run(cfg)
     return cfg.model if directory is None else str(directory / "model")
+
+
+def keep_new_base(cfg: RunConfig, run_dir: Path) -> Path:
+    """Rank 0. An adapter on a new model is worth nothing without that model's random weights:
+    makes them again from the seed, and writes them."""
+    distributed.seed_everything(cfg.seed)
+    _, prepared, _ = prepare_model(cfg, None, "cpu", frozen=True)
+    save_model(prepared.model, run_dir / NEW_BASE)
+    prepared.tokenizer.save_pretrained(run_dir / NEW_BASE)
+    return run_dir / NEW_BASE
 
 
 def find_splits(cfg: RunConfig) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def open_run(
         return cfg, *prepare_model(cfg, str(exported), place, frozen=True)[:2], None
     if isinstance(cfg.tokenizer, dict):  # was built from the training data
         cfg = cfg.model_copy(update={"tokenizer": str(run_dir / "tokenizer")})
-    base = base_id(cfg)
+    base = base_id(cfg, run_dir)
     adapter, prepared, _ = prepare_model(cfg, base, place, frozen=peft is not None)
     if checkpoint == "best":
         from ssm_train.peft.export import load_adapter

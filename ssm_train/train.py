@@ -18,6 +18,7 @@ from ssm_train.assemble import (
     base_run,
     build_evaluation,
     find_splits,
+    keep_new_base,
     load_examples,
     make_batches,
     plan_order,
@@ -58,9 +59,8 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
     accelerator = distributed.build_accelerator(cfg.prec, cfg.device)
     device, rank = accelerator.device, distributed.rank()
     distributed.seed_everything(cfg.seed)
-    adapter, prepared, reason = prepare_model(
-        cfg, base_id(cfg), str(device), frozen=peft is not None
-    )
+    base = base_id(cfg, run_dir)
+    adapter, prepared, reason = prepare_model(cfg, base, str(device), frozen=peft is not None)
     data = {split: load_examples(cfg, prepared.tokenizer, split) for split in splits}
     found, notes = find_resume_point(run_dir) if cfg.resume else (None, [])
     order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)
@@ -95,6 +95,8 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
         create_run_directory(run_dir, dump_yaml(cfg), overwrite=cfg.overwrite)
         if isinstance(cfg.tokenizer, dict):  # built from the training data
             prepared.tokenizer.save_pretrained(run_dir / "tokenizer")
+        if method and base is None:
+            base = str(keep_new_base(cfg, run_dir))
     distributed.barrier()
     model, prepared_optimizer = accelerator.prepare(bare, optimizer)
     checkpoints = RunCheckpoints(
@@ -160,7 +162,9 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
     )  # fmt: skip
     if distributed.is_main():  # rank 0
         if complete:
-            result.exported = export_weights(run_dir, prepared, method, base_id=base_id(cfg))
+            result.exported = export_weights(
+                run_dir, prepared, method, base_id=base, revision=cfg.revision
+            )
         print_summary(result, bare, bar.say)
     distributed.barrier()
     return result
