@@ -133,7 +133,7 @@ def test_minus_infinity_is_a_reset():
     assert (got[2 + NAMES.index("initial_state")] != 0).any()  # through the tokens before it
 
 
-@pytest.mark.parametrize("gates", ["typical", "strong", "-50", "mixed"])
+@pytest.mark.parametrize("gates", ["typical", "strong", "mixed"])
 @pytest.mark.parametrize("length, bounds", [(1, None), (18, None), (21, (0, 1, 1, 19, 21))])
 def test_gradcheck(gates, length, bounds):
     documents = 1 if bounds is None else len(bounds) - 1
