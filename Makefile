@@ -12,6 +12,8 @@ RUN := .venv/bin/python
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Threads that wait without spinning: on busy cores a spinning one takes the other's time.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: quickstart test test-unit lint clean help
 
@@ -24,10 +26,10 @@ quickstart: .venv/installed
 
 test: lint
 	@echo "== tests (everything that needs no GPU)"
-	@$(RUN) -m pytest tests --durations=10
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --dist loadfile --durations=10
 
 test-unit: .venv/installed-dev
-	@$(RUN) -m pytest tests/unit
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/unit -n auto --dist loadfile
 
 lint: .venv/installed-dev
 	@echo "== ruff and mypy"

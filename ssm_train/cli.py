@@ -34,6 +34,8 @@ EPILOG = """exit codes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Only our own errors keep a traceback."""
+    # Read when torch is loaded: threads that wait without spinning, so that busy cores stay usable.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         arguments, rest = build_parser().parse_known_args(argv)
         overrides = [word for word in rest if "=" in word and not word.startswith("-")]
