@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from ssm_train.adapters.base import ModelSettings
 from ssm_train.checkpoint import CheckpointSettings
 from ssm_train.cli import build_parser, overrides_of
-from ssm_train.config import ENVIRONMENT, PeftOverrides, RunConfig, load_config
+from ssm_train.config import ENVIRONMENT, RunConfig, load_config
 from ssm_train.data import DataSettings
 from ssm_train.errors import InputError
 from ssm_train.evaluate import EvalSettings
@@ -29,8 +29,6 @@ from ssm_train.metrics import MetricsSettings
 from ssm_train.optim import OptimSettings
 from ssm_train.peft.lora import LoraSettings
 from ssm_train.peft.spec import load_peft
-from ssm_train.settings import Settings
-from ssm_train.strict_yaml import parse_value
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -147,7 +145,9 @@ def command_lines(page: Path) -> Iterator[str]:
             if line.strip() and not line.lstrip().startswith("#"):
                 yield line.strip().removeprefix("$ ")
     for span in code_spans(page):
-        if span.startswith(("ssm-train ", "python train.py ", "make ", "python -m pytest ")):
+        if re.fullmatch(r"ssm-train \w+", span):  # a command's name in a sentence
+            yield f"{span} --help"
+        elif span.startswith(("ssm-train ", "python train.py ", "python -m ", "make ")):
             yield span
 
 
@@ -175,10 +175,6 @@ def our_arguments(words: list[str]) -> list[str] | None:
 def check_our_command(arguments: list[str], variables: dict[str, str]) -> None:
     """Parses it as `cli.main` would; where its config exists, reads that with its changes too."""
     parser = build_parser()
-    if len(arguments) == 1 and not arguments[0].startswith("-"):  # a command's name in a sentence
-        with pytest.raises(InputError, match="required"):
-            parser.parse_args(arguments) if arguments != ["doctor"] else parser.error("required")
-        return
     if arguments[-1] == "--help":
         with pytest.raises(SystemExit):
             parser.parse_args(arguments)
@@ -203,9 +199,7 @@ def check_make(words: list[str]) -> None:
 
 
 @each_page
-def test_commands_parse(
-    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for line in command_lines(page):
         variables, words = split_command(line)
@@ -223,15 +217,29 @@ def test_commands_parse(
                 assert (ROOT / word.partition("::")[0]).exists(), f"{page.name}: {line}"
 
 
-def test_wrong_commands_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+WRONG_COMMANDS = [
+    ["trian", "--cfg", "x.yaml"],
+    ["trian", "--help"],
+    ["eval"],
+    ["eval", "run", "seed=7"],
+    ["plot", "run", "--cut", "3"],
+    ["train", "--cfg", "cfg/quickstart/gla_lora.yaml", "learning_rat=1e-3"],
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG_COMMANDS, ids=" ".join)
+def test_a_wrong_command_would_be_noticed(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    cfg = ["train", "--cfg", "cfg/quickstart/gla_lora.yaml"]
-    check_our_command([*cfg, "learning_rate=1e-3"], {})
-    for wrong in (["trian", "x"], ["eval"], [*cfg, "learning_rat=1e-3"], ["plot", "--cut"]):
-        with pytest.raises((InputError, AssertionError, pytest.fail.Exception)):
-            check_our_command([*wrong, "--out"] if wrong == ["eval"] else wrong, {})
-    with pytest.raises(AssertionError):
-        check_make(["quickstrat"])
+    with pytest.raises((InputError, AssertionError)):
+        check_our_command(arguments, {})
+
+
+@pytest.mark.parametrize("word", ["quickstrat", "TORHC=torch"])
+def test_a_wrong_make_line_would_be_noticed(word: str) -> None:
+    with pytest.raises(AssertionError, match="Makefile has no"):
+        check_make([word])
 
 
 # ---------------------------------------------------------------- configs
@@ -321,25 +329,11 @@ def test_tables_are_the_schema_s(page: str) -> None:
 def test_tables_hold_every_key() -> None:
     shown = set(re.findall(r"^\| `(\w+)`", "\n".join(config_table()), re.M))
     assert shown == set(RunConfig.model_fields) - {"peft_overrides"}
-    base_keys = {key for part in (Settings, *PARTS.values()) for key in part.model_fields}
-    assert base_keys <= shown
 
 
 def test_every_variable_is_described() -> None:
     pages = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in TABLES)
     assert not [variable for variable in ENVIRONMENT if f"`{variable}`" not in pages]
-    assert set(PeftOverrides.model_fields) >= {
-        key.rpartition(".")[2] for key in ENVIRONMENT.values() if key.startswith("peft_overrides.")
-    }
-
-
-def test_defaults_in_the_tables_are_values_of_the_config() -> None:
-    for line in config_table():
-        match = re.match(r"\| `(\w+)` \| [^|]* \| ([^|]*) \|", line)
-        if match and match[2] != "required":
-            default = RunConfig.model_fields[match[1]].get_default(call_default_factory=True)
-            shown = parse_value(match[2])
-            assert shown == default or match[2] == default, line
 
 
 if __name__ == "__main__":
