@@ -49,10 +49,11 @@ def tiny_stock_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """(family, **config changes) -> transformers' own model in fp32, all weights random."""
 
     def build(family: str, **changes: Any) -> Any:
-        from transformers import AutoModelForCausalLM
+        from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+        stock_class = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}[family]
+        model = stock_class(tiny_config(family, **changes))
         with torch.no_grad():  # no zeros or ones: each parameter must matter
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
