@@ -19,8 +19,8 @@ OPTIONAL = {
     "triton": ("kernels on NVIDIA GPUs; imported by GLA", "pip install triton"),
     "flash-linear-attention": ("the GLA family", "pip install 'flash-linear-attention>=0.6,<0.7'"),
     "deepspeed": ("ZeRO on several GPUs", "pip install -e '.[deepspeed]'"),
-    "mamba-ssm": ("comparisons with the original Mamba", "pip install -e '.[mamba]'"),
-    "causal-conv1d": ("comparisons with the original Mamba", "pip install -e '.[mamba]'"),
+    "mamba-ssm": ("fast scans of Mamba on a GPU", "pip install -e '.[mamba]'"),
+    "causal-conv1d": ("needed by mamba-ssm for its own models", "pip install -e '.[mamba]'"),
     "liger-kernel": ("fused losses on NVIDIA GPUs", "pip install -e '.[cuda]'"),
     "lm-eval": ("standard benchmarks", "pip install -e '.[eval]'"),
     "tensorboard": ("trackers: [tensorboard]", "pip install tensorboard"),
@@ -139,17 +139,19 @@ def kernels_of(family: str, device: str, devices: dict[str, Any]) -> list[Kernel
     except Exception as error:  # a missing or broken package of this family
         return [Kernel(family, "all", None, str(error).splitlines()[0])]
     return [
-        Kernel(family, operation, implementation, reason_for(implementation, devices))
+        Kernel(family, operation, implementation, reason_for(operation, implementation, devices))
         for operation, implementation in chosen.items()
     ]
 
 
-def reason_for(implementation: str, devices: dict[str, Any]) -> str:
+def reason_for(operation: str, implementation: str, devices: dict[str, Any]) -> str:
     """Why not a faster one."""
     if implementation != "reference":
         return ""
     if devices["gpus"]:
-        return "plain PyTorch: this operation has no Triton kernel here"
+        if operation in ("selective_scan", "ssd"):
+            return "plain PyTorch: mamba_ssm is faster, pip install -e '.[mamba]'"
+        return "plain PyTorch: this operation has no kernel of its own here"
     return f"plain PyTorch: {devices['problem']}"
 
 

@@ -34,9 +34,10 @@ def test_a_broken_package_of_one_family_is_reported(monkeypatch: pytest.MonkeyPa
 
 
 def test_why_not_a_faster_kernel() -> None:
-    assert doctor.reason_for("triton (fla)", GPU) == ""
-    assert "no NVIDIA GPU" in doctor.reason_for("reference", NO_GPU)
-    assert "no Triton kernel" in doctor.reason_for("reference", GPU)
+    assert doctor.reason_for("gla", "triton (fla)", GPU) == ""
+    assert "no NVIDIA GPU" in doctor.reason_for("gla", "reference", NO_GPU)
+    assert "no kernel of its own" in doctor.reason_for("causal_conv1d", "reference", GPU)
+    assert ".[mamba]" in doctor.reason_for("ssd", "reference", GPU)
 
 
 def test_import_problem_names_the_error() -> None:
