@@ -63,13 +63,15 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Starts an empty file; with `resume_step` keeps the rows up to that step."""
+        """Starts an empty file; with `resume_step` keeps the rows up to that step, but for the
+        test split, which every end of a run measures anew."""
         self.path = path
-        kept = []
+        self.kept: list[dict[str, Any]] = []
         if resume_step is not None and path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+            rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
+            self.kept = [row for row in rows if row.get("split") != "test"]
         partial = path.with_suffix(".tmp")
-        partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+        partial.write_text("".join(_line(row) for row in self.kept), encoding="utf-8")
         os.replace(partial, path)
         self._file = path.open("a", encoding="utf-8")
 

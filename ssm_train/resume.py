@@ -65,13 +65,15 @@ class RunCheckpoints:
             snapshot.restore_rng(found.rng)
         return TrainState(**found.state["train"])
 
-    def load_best(self, state: TrainState) -> None:
-        """All ranks. The weights of the best step, if there is one that is not the last."""
-        if state.best_step in (None, 0, state.step):
-            return
-        path = checkpoint.checkpoint_path(self.run_dir, state.best_step)
-        if path.exists():
-            self._load_weights(checkpoint.load_checkpoint(path, rank=distributed.rank()))
+    def load_best(self, state: TrainState) -> bool:
+        """All ranks. The weights of the best step; False where no checkpoint has kept them."""
+        if state.best_step in (None, state.step):
+            return True
+        path = checkpoint.checkpoint_path(self.run_dir, state.best_step or 0)
+        if not path.exists():
+            return False
+        self._load_weights(checkpoint.load_checkpoint(path, rank=distributed.rank()))
+        return True
 
     def _load_weights(self, found: checkpoint.Checkpoint) -> None:
         snapshot.load_parameters(self.model, found.tensors["trainable"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,14 @@ class RunLog:
         self.rate = TokenRate(tokens)
         self.rates: list[float] = []  # tokens/s of every log interval
         self.rows: dict[str, list[Row]] = {}  # split -> what was predicted last
+        self.values: dict[str, dict[str, float]] = {}  # split -> its last metrics
+        self.before: dict[str, float] = {}  # metrics before the first step, when they were taken
         self.main = distributed.is_main()
         if self.main:
             self.file = MetricsLog(run_dir / "metrics.jsonl", resume_step=step or None)
+            for row in self.file.kept:
+                if row["step"] == 0:
+                    self.before = read_values(row)
             self.trackers = Trackers(trackers, run_dir, run_dir.name, config)
 
     def trained(self, row: dict[str, float]) -> None:
@@ -48,7 +54,9 @@ class RunLog:
         self, step: int, split: str, values: Mapping[str, float], rows: list[Row]
     ) -> None:
         """Metrics of a split, and its predictions."""
-        self.rows[split] = rows
+        self.rows[split], self.values[split] = rows, dict(values)
+        if step == 0:
+            self.before = dict(values)
         if not self.main:
             return
         self._write(split, {"step": step, **values})
@@ -65,3 +73,9 @@ class RunLog:
     def _write(self, split: str, row: Mapping[str, Any]) -> None:
         self.file.write(split, row)
         self.trackers.write(split, row)
+
+
+def read_values(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics in a row of `metrics.jsonl`, where null stands for what is not finite."""
+    values = {key: value for key, value in row.items() if key not in ("split", "step")}
+    return {key: math.nan if value is None else value for key, value in values.items()}

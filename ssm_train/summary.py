@@ -25,11 +25,11 @@ class Result:
     steps: int
     main_metric: str
     before: dict[str, float]  # metrics before the first step, with eval_at_start
-    after: dict[str, float]  # metrics of the best step, whose weights are exported
-    best_step: int | None
+    after: dict[str, float]  # metrics of the exported weights
+    best_step: int | None  # the step they are from: the best one that a checkpoint kept
     test: dict[str, float] = field(default_factory=dict)  # of the exported weights
     rates: list[float] = field(default_factory=list)  # tokens/s of the log intervals
-    rows: list[Row] = field(default_factory=list)  # last predictions
+    rows: list[Row] = field(default_factory=list)  # predictions, on test where there is one
     exported: Path | None = None
 
 

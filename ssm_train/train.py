@@ -131,7 +131,8 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
             log.evaluated(step, split, values, rows)
             return values
 
-        before = evaluate(0) if val and cfg.eval_at_start and not state.step else {}
+        if val and cfg.eval_at_start and not state.step:
+            evaluate(0)
         outcome = train(
             Training(
                 accelerator=accelerator,
@@ -153,12 +154,13 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
             state,
         )
         complete = outcome in ("finished", "low_metric")
-        if complete:
-            checkpoints.load_best(state)
+        after, after_step = state.best, state.best_step
+        if complete and not checkpoints.load_best(state):
+            after, after_step = log.values.get("val", {}), state.step
         test = evaluate(state.step, "test") if complete and "test" in evaluations else {}
     result = Result(
-        outcome, run_dir, state.step, main_metric, before, state.best, state.best_step, test,
-        log.rates, log.rows.get("val", []),
+        outcome, run_dir, state.step, main_metric, log.before, after, after_step, test,
+        log.rates, log.rows.get("test") or log.rows.get("val", []),
     )  # fmt: skip
     if distributed.is_main():  # rank 0
         if complete:

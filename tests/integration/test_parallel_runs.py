@@ -1,0 +1,154 @@
+"""Two processes (gloo) train what one process trains, when the global batch is the same."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import (
+    LORA,
+    PISSA,
+    SIDES,
+    assert_same_tensors,
+    exported,
+    losses,
+    metrics,
+    stop_in_step,
+    train,
+    write_config,
+)
+
+from ssm_train.cli import BAD_INPUT
+
+CALM = LORA | {"lora_dropout": 0.0}  # dropout differs between ranks by design
+# name -> family, changes of both runs; 4 examples a step: one process 4 x 1, two processes 2 x 1,
+# or 1 x 2 with accumulation.
+RUNS = {
+    "gla": ("gla", {"peft": CALM, "eval_gen": {"max_new_tokens": 8}}),
+    "accumulated": ("mamba", {"peft": CALM, "task": SIDES}),
+    "pissa": ("mamba", {"peft": PISSA}),
+    "full": ("gla", {"weight_decay": 0.1}),
+    "packed": ("gla", {"packing": True, "tokens_per_batch": 48, "batch_size": None}),
+    "base": ("mamba", {"peft": CALM}),
+    "resumed": ("mamba", {"peft": CALM}),
+}
+
+
+def cut(name: str, processes: int) -> dict[str, int]:
+    """How a step's examples are cut into micro-batches."""
+    if name == "packed":
+        return {"gradient_accumulation_steps": 2 // processes}
+    if name == "accumulated" and processes == 2:
+        return {"batch_size": 1, "gradient_accumulation_steps": 2}
+    return {"batch_size": 4 // processes}
+
+
+def write(directory: Path, name: str, processes: int) -> Path:
+    family, changes = RUNS[name]
+    if name == "base":
+        base = write_config(
+            directory, "new", family, max_steps=3, skip_eval=True, **cut(name, processes)
+        )
+        changes = changes | {"new_model": None, "tokenizer": None, "model": str(base)}
+    return write_config(directory, name, family, **changes | cut(name, processes))
+
+
+class Patch:
+    setattr = staticmethod(setattr)
+
+
+def two_process_worker(rank: int, port: int, directory: str) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        for name in RUNS:
+            if name == "resumed" and rank == 1:  # one rank's signal stops both
+                stop_in_step(Patch, 3)
+            result = train(Path(directory) / f"{name}.yaml")
+            Path(directory, f"{name}-{rank}.json").write_text(
+                json.dumps([result.outcome, result.steps, result.after])
+            )
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """(runs of one process, runs of two processes)."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    for name in RUNS:
+        write(two, name, 2)
+        train(write(one, name, 1))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(two_process_worker, (port, str(two)), nprocs=2)
+    return one, two
+
+
+def run_directory(directory: Path, name: str) -> Path:
+    return directory / "output" / "train_seed42" / name
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "resumed"])
+def test_two_processes_train_what_one_does(name, directories):
+    one, two = (run_directory(directory, name) for directory in directories)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert_same_tensors(exported(two), exported(one), tolerance=1e-5 if name == "full" else 1e-6)
+    for ours, expected in zip(metrics(two, "val"), metrics(one, "val"), strict=True):
+        assert ours == pytest.approx(expected, abs=1e-5)
+    tokens = [row["tokens"] for row in metrics(one, "train")]
+    assert [row["tokens"] for row in metrics(two, "train")] == tokens
+    for file in one.glob("predictions-*.jsonl"):
+        assert (two / file.name).read_text() == file.read_text()
+    results = [json.loads((directories[1] / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+    assert results[0] == results[1]
+
+
+def test_predictions_were_compared(directories):
+    for name in ("gla", "accumulated"):
+        (file, *_) = sorted(run_directory(directories[1], name).glob("predictions-*.jsonl"))
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [row["example"] for row in rows] == list(range(9))
+
+
+def test_a_run_of_two_processes_goes_on_with_one(directories):
+    one, two = (run_directory(directory, "resumed") for directory in directories)
+    stopped = [json.loads((directories[1] / f"resumed-{rank}.json").read_text()) for rank in (0, 1)]
+    assert stopped[0] == stopped[1] and stopped[0][0] == "stopped" and 3 < stopped[0][1] < 8
+    result = train(directories[1] / "resumed.yaml", resume=True)  # batch_size 2: accumulates twice
+    assert result.outcome == "finished"
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert_same_tensors(exported(two), exported(one), tolerance=1e-6)
+
+
+def test_bad_input_is_one_line_a_rank(tmp_path, free_port):
+    config = write_config(tmp_path, "bad", "mamba", peft=LORA | {"target_modules": ["q_proj"]})
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ssm_train.train", "--cfg", str(config)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            | {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            | {"MASTER_PORT": str(free_port), "ACCELERATE_USE_CPU": "true"},
+        )
+        for rank in (0, 1)
+    ]
+    for rank, process in enumerate(processes):
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == BAD_INPUT, error
+        assert out == ""
+        assert error.count("\n") == 1 and "matches no module" in error
+        assert error.startswith("error (rank 1): " if rank else "error: ")
+    assert not (tmp_path / "output").exists()
