@@ -2,7 +2,6 @@
 exported from the best step, refused when a matrix would train in vain."""
 
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -131,16 +130,15 @@ sys.exit(main(["train", "--cfg", sys.argv[2]]))
 
 
 def test_sigusr1_exits_with_75_and_the_run_goes_on(tmp_path, bases):
-    changes = from_base(bases, "mamba") | {"peft": LORA}
-    whole = train(write_config(tmp_path, "whole", "mamba", **changes))
-    config = write_config(tmp_path, "stopped", "mamba", **changes)
+    changes = from_base(bases, "gla") | {"peft": LORA}
+    whole = train(write_config(tmp_path, "whole", "gla", **changes))
+    config = write_config(tmp_path, "stopped", "gla", **changes)
     done = subprocess.run(
         [sys.executable, "-c", SIGNALLED, str(Path(__file__).parent), str(config)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONWARNINGS": "default"},
     )
-    assert done.returncode == REQUEUE, done.stderr
+    assert (done.returncode, done.stderr) == (REQUEUE, "")  # libraries keep quiet
     assert "go on with --resume" in done.stdout
     # A module imported for the first time may draw from Python's own generator; training does not.
     assert_same_run(train(config, resume=True).run_dir, whole.run_dir, unlike={"python"})
