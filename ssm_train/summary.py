@@ -71,7 +71,9 @@ def print_summary(result: Result, model: nn.Module, say: Any) -> None:
     total = sum(p.numel() for p in model.parameters())
     endings = {
         "finished": f"finished after {result.steps} steps",
-        "stopped": f"stopped and saved after {result.steps} steps; go on with --resume",
+        "stopped": f"stopped and saved after {result.steps} steps; go on with --resume"
+        if (run_dir / "checkpoints" / "last").is_file()
+        else f"stopped after {result.steps} steps; nothing was saved (no_save)",
         "bad_loss": f"ended after {result.steps} steps: ten losses in a row were NaN or zero; "
         "lower learning_rate or choose prec: fp32",
         "low_metric": f"ended after {result.steps} steps: {name} is below "

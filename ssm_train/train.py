@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ssm_train.config import RunConfig, describe_overrides, dump_yaml, load_conf
 from ssm_train.data.examples import TokenizedDataset
 from ssm_train.data.sources import check_data
 from ssm_train.errors import InputError
+from ssm_train.lock import own
 from ssm_train.loop import Training, TrainState, plan_schedule, train
 from ssm_train.metrics import Progress, check_trackers
 from ssm_train.optim import build_optimizer
@@ -49,12 +51,20 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
     if cfg.debug:
         cfg = cfg.model_copy(update={"num_epochs": 1.0, "max_steps": None})
     run_dir = run_directory(cfg, cfg_path)
+    main = os.environ.get("RANK", "0") == "0"  # asked before the processes know each other
+    with own(run_dir) if cfg.lock and main else nullcontext():
+        return run_in(run_dir, cfg, provenance)
+
+
+def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Result:
+    """`run`, once the directory is ours."""
     check_run_directory(run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
     check_trackers(cfg.trackers)
     splits = find_splits(cfg)
     check_data(cfg, splits)
     peft = load_peft(cfg.peft, cfg.peft_overrides.given())
-    train_base(cfg)
+    if (unfinished := train_base(cfg)) is not None:
+        return unfinished
 
     accelerator = distributed.build_accelerator(cfg.prec, cfg.device)
     device, rank = accelerator.device, distributed.rank()
@@ -172,11 +182,14 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
     return result
 
 
-def train_base(cfg: RunConfig) -> None:
-    """Where `model` is a run config, trains it, unless that was done before. All ranks."""
+def train_base(cfg: RunConfig) -> Result | None:
+    """Where `model` is a run config, trains it, unless that was done before. All ranks.
+
+    Returns how it ended where that is too early; a stopped one goes on the next time.
+    """
     run_dir = base_run(cfg)
     if run_dir is None:
-        return
+        return None
     assert cfg.model is not None
     base_cfg, provenance = load_config(cfg.model)
     if base_cfg.peft is not None:
@@ -184,14 +197,15 @@ def train_base(cfg: RunConfig) -> None:
     if provenance["device"] == "default":
         base_cfg = base_cfg.model_copy(update={"device": cfg.device})
     marker = run_dir / MARKER
-    up_to_date = marker.is_file() and marker.read_text(encoding="utf-8") == dump_yaml(base_cfg)
-    up_to_date = up_to_date and (run_dir / "model" / "config.json").is_file()
+    begun = marker.is_file()
+    same = begun and marker.read_text(encoding="utf-8") == dump_yaml(base_cfg)
+    done = same and (run_dir / "model" / "config.json").is_file()
     distributed.barrier()  # every rank has looked before one of them writes
-    if not up_to_date:
-        base_cfg = base_cfg.model_copy(update={"overwrite": marker.is_file()})
-        outcome = run(base_cfg, provenance, cfg.model).outcome
-        if outcome != "finished":
-            raise InputError(f"model: training {cfg.model} ended early ({outcome})")
+    if done:
+        return None
+    base_cfg = base_cfg.model_copy(update={"resume": same, "overwrite": begun and not same})
+    result = run(base_cfg, provenance, cfg.model)
+    return None if result.outcome == "finished" else result
 
 
 def describe_data(data: Mapping[str, TokenizedDataset], steps: int, steps_per_epoch: int) -> str:

@@ -280,6 +280,20 @@ def test_a_base_from_a_run_config_is_trained_once(tmp_path):
     assert metrics(result.run_dir) != rows
 
 
+def test_a_base_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    base = write_config(tmp_path, "base", "mamba", max_steps=6, skip_eval=True)
+    changes = {"new_model": None, "tokenizer": None, "model": str(base), "peft": LORA}
+    config = write_config(tmp_path, "lora", "mamba", **changes, max_steps=2)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 2)
+        stopped = train(config)
+    assert (stopped.outcome, stopped.run_dir.name) == ("stopped", "base") and stopped.steps < 6
+    assert not (stopped.run_dir.parent / "lora").exists()
+    assert train(config).outcome == "finished"
+    whole = train(write_config(tmp_path, "whole", "mamba", max_steps=6, skip_eval=True))
+    assert_same_run(stopped.run_dir, whole.run_dir)
+
+
 def test_a_matrix_past_which_the_forward_reads_stops_the_run(tmp_path, monkeypatch, capsys):
     import torch.nn.functional as F
 
