@@ -67,15 +67,13 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class RMSNorm(FlaRMSNorm):
-    kernels: KernelChoice = "auto"
+    """In PyTorch everywhere: fla compiles its backward anew for every `ceil(B * T / SMs)`."""
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Norm of `x + residual`; with `prenorm` also that sum, in the residual's dtype."""
-        if uses_triton(self, x):
-            return super().forward(x, residual, prenorm)
-        total = x if residual is None else x.float() + residual.float()
+        total = x if residual is None else residual.float() + x
         y = rms_norm(total, self.weight, self.eps).to(x.dtype)
         return (y, total if residual is None else total.to(residual.dtype)) if prenorm else y
 
@@ -284,7 +282,7 @@ def adopt(model: Any, kernels: KernelChoice = "auto") -> GLAForCausalLM:
         if isinstance(module, GatedLinearAttention):
             gate = module.gk_proj[1]
             common.retype(getattr(gate, "base_layer", gate), {nn.Linear: common.Fp32BiasLinear})
-        if type(module) in OURS.values() and not isinstance(module, GLAForCausalLM):
+        if type(module) in OURS.values() and hasattr(module, "kernels"):
             module.kernels = kernels
     return model
 
@@ -315,7 +313,7 @@ class GlaAdapter:
                 f"kernels: triton needs a GPU, but the device is {device!r}; use kernels: auto"
             )
         chosen = "triton (fla)" if on_gpu and kernels != "reference" else "reference"
-        return dict.fromkeys(("gla", "causal_conv1d", "rms_norm", "swiglu"), chosen)
+        return dict.fromkeys(("gla", "causal_conv1d", "gated_rms_norm", "swiglu"), chosen)
 
     def prepare(self, spec: ModelSpec) -> Prepared:
         """See `adapters.base.ModelAdapter`. A checkpoint's own tokenizer wins over the spec's."""

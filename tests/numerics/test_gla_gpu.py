@@ -89,3 +89,20 @@ def test_bf16_autocast_trains():
     exact = make_model("reference")(ids, labels=ids).loss
     assert abs(float(loss - exact)) < 0.02 * float(exact)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_another_length_compiles_nothing(monkeypatch):
+    """Rows of a padded batch differ from step to step; a compilation takes seconds."""
+    model = make_model("triton", use_short_conv=True)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        "triton.knobs.runtime.jit_post_compile_hook",
+        lambda **compilation: compiled.append(compilation["fn"].name),
+    )
+    for length in (256, 272, 400, 640):
+        if length == 272:
+            assert compiled  # the first length did
+            compiled.clear()
+        ids = torch.randint(1, 96, (2, length)).cuda()
+        model(ids, labels=ids).loss.backward()
+    assert not compiled
