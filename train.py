@@ -4,4 +4,5 @@ import sys
 
 from ssm_train.cli import main
 
-sys.exit(main(["train", *sys.argv[1:]]))
+if __name__ == "__main__":  # tokenizing processes import this file again
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,11 +18,13 @@ from ssm_train.data.batches import collate, pack
 from ssm_train.data.examples import TokenizedDataset
 from ssm_train.data.order import Order, PackedOrder, accumulation_for, build_order
 from ssm_train.data.sources import has_split, load_task_data, training_texts
+from ssm_train.data.tasks.text import Task
 from ssm_train.data.vocabulary import build_tokenizer
-from ssm_train.errors import InputError
+from ssm_train.errors import InputError, near
 from ssm_train.evaluate import Evaluation
 from ssm_train.generate import Autocast, create_decoder
 
+LOSSES = ("loss", "perplexity")  # metrics of which less is better
 NEW_BASE = "base"  # directory of a run: the new model that its adapter belongs to
 DEBUG_EXAMPLES = {"train": 8, "val": 2, "test": 2}
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -51,6 +54,30 @@ def keep_new_base(cfg: RunConfig, run_dir: Path) -> Path:
     save_model(prepared.model, run_dir / NEW_BASE)
     prepared.tokenizer.save_pretrained(run_dir / NEW_BASE)
     return run_dir / NEW_BASE
+
+
+def debug_config(cfg: RunConfig) -> RunConfig:
+    """One epoch of the few examples, which a batch must not outnumber."""
+    share = max(1, DEBUG_EXAMPLES["train"] // int(os.environ.get("WORLD_SIZE", "1")))
+    few = {"batch_size": min(cfg.batch_size, share), "gradient_accumulation_steps": 1}
+    return cfg.model_copy(update={"num_epochs": 1.0, "max_steps": None, **few})
+
+
+def choose_main_metric(cfg: RunConfig, task: Task) -> str:
+    """What chooses the best checkpoint: `metric_for_best`, else the task's first metric, or the
+    loss where nothing is generated. Raises InputError for one that this run does not measure."""
+    scored = not cfg.skip_eval and (task.type == "classification" or cfg.eval_gen is not None)
+    known = [*(task.metrics if scored else ()), "loss", "perplexity"]
+    metric = cfg.metric_for_best or known[0]
+    if metric not in known:
+        hint = near(metric, known) or f"; this run measures {', '.join(known)}"
+        raise InputError(f"metric_for_best: {metric!r} is not measured{hint}")
+    if cfg.min_eval_metric_after_epoch and metric in LOSSES:
+        raise InputError(
+            f"min_eval_metric_after_epoch: the main metric is {metric}, where less is better; "
+            "set eval_gen or metric_for_best"
+        )
+    return metric
 
 
 def find_splits(cfg: RunConfig) -> tuple[str, ...]:
@@ -130,6 +157,7 @@ def build_evaluation(
         decoder = create_decoder(
             prepared.tokenizer, batch_size=batch_size, autocast=autocast, **cfg.eval_gen
         )
+        decoder.check_prompts([dataset.prompt_ids(i).tolist() for i in range(len(dataset))])
     return Evaluation(
         dataset, prepared.tokenizer, adapter.token_losses, adapter.token_logits, batch_size,
         decoder, autocast, distributed.rank(), distributed.world_size(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -207,7 +208,10 @@ def train(arguments: argparse.Namespace) -> int:
 
     from ssm_train.train import run
 
-    return EXIT_CODES[run(cfg, provenance, arguments.cfg).outcome]
+    outcome = run(cfg, provenance, arguments.cfg).outcome
+    if outcome == "stopped" and cfg.no_save:  # nothing to go on from
+        return INTERRUPTED
+    return EXIT_CODES[outcome]
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -223,7 +227,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         device=arguments.device,
     )
     if arguments.json:
-        print(json.dumps(metrics))
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        print(json.dumps(finite, allow_nan=False))
         return DONE
     for name, value in metrics.items():
         print(f"{name:<20} {value:.4f}")
@@ -258,7 +263,7 @@ def merge(arguments: argparse.Namespace) -> int:
     from ssm_train.finished import merge_run
 
     difference = merge_run(run_dir, out, checkpoint=arguments.checkpoint, device=arguments.device)
-    print(f"merged weights are in {out}; logits differ by {difference:.1e} of the largest")
+    print(f"merged weights are in {out}; logits differ by {difference:.1e} of their size")
     return DONE
 
 

@@ -280,12 +280,6 @@ class Evaluation:
     gather: Gather = list
     reduce_sum: Callable[[Tensor], Tensor] = torch.Tensor.clone
 
-    @property
-    def main_metric(self) -> str:
-        """The task's first metric, or the loss where nothing is generated."""
-        measured = self.dataset.class_ids or self.decoder
-        return self.dataset.task.metrics[0] if measured else "loss"
-
     def run(self, model: nn.Module) -> tuple[dict[str, float], list[Row]]:
         """All ranks. Loss, perplexity and the task's metrics; and what was predicted."""
         prompts = [self.dataset.prompt_ids(i).tolist() for i in range(len(self.dataset))]

@@ -81,11 +81,16 @@ def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
 def evaluate_run(
     run_dir: Path, *, data: str | None, split: str | None, checkpoint: str, device: str
 ) -> dict[str, float]:
-    """Loss and metrics of a run on its own or other data."""
-    changes = {"val_data": data, "data": data} if data else {}
+    """Loss and metrics of a run on its own data or other; every example counts, none is dropped."""
+    changes: dict[str, Any] = {}
+    if data is not None or split not in (None, "val", "test"):
+        changes = {"val_data": data, "val_data_split": split or "val"}
     cfg, adapter, prepared, _ = open_run(run_dir, checkpoint, device, **changes)
-    split = split or ("val" if data is None or cfg.val_data_split == "val" else cfg.val_data_split)
-    dataset = load_examples(cfg, prepared.tokenizer, split)
+    if changes and data is None:  # another split of the training data
+        cfg = cfg.model_copy(update={"val_data": cfg.data})
+    dataset = load_examples(
+        cfg, prepared.tokenizer, "test" if split == "test" and not data else "val"
+    )
     place = next(prepared.model.parameters()).device
     autocast = partial(distributed.autocast, cfg.prec, place)
     values, _ = build_evaluation(cfg, adapter, dataset, prepared, autocast).run(prepared.model)
@@ -116,7 +121,7 @@ def generate_from(
 
 def merge_run(run_dir: Path, out: Path, *, checkpoint: str, device: str) -> float:
     """Writes base plus adapter as full weights that any transformers install loads; returns how
-    far its logits are from base plus adapter, relative to the largest."""
+    far its logits are from base plus adapter, relative to their size."""
     from ssm_train.peft.merge import merge_adapter, write_merged
 
     cfg, _, prepared, base = open_run(run_dir, checkpoint, device)

@@ -209,10 +209,8 @@ def train_step(run: Training, step: int) -> Report:
     for group in run.optimizer.param_groups:
         group["lr"] = lr_at(step, run.schedule.total_steps, run.optim)
 
-    counts = torch.tensor(
-        [sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)],
-        dtype=torch.float64,
-        device=device,
+    counts = on_device(
+        device, sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)
     )
     counts = distributed.reduce_sum(counts)  # all ranks; stays on the device
     # DDP averages gradients over the ranks; `world_size` makes that a sum.
@@ -236,13 +234,19 @@ def train_step(run: Training, step: int) -> Report:
     run.optimizer.step()
     run.optimizer.zero_grad()
 
-    stop = torch.tensor(float(bool(run.stop)), dtype=torch.float64, device=device)
+    stop = on_device(device, float(bool(run.stop)))[0]
     world = distributed.world_size()
     return Report(
         distributed.reduce_sum_later(
             torch.stack([stop, not_finite.double(), loss_sum, *(counts / world), norm.double()])
         )
     )
+
+
+def on_device(device: torch.device, *values: float) -> torch.Tensor:
+    """[n] fp64. Filled there: a copy from the host would wait for the device."""
+    options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    return torch.stack([torch.full((), value, **options) for value in values])
 
 
 def synchronise_only(run: Training, last: bool) -> AbstractContextManager[Any]:

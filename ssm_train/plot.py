@@ -90,6 +90,9 @@ def _draw_loss(axes: Any, runs: Runs) -> None:
         steps, losses = _points(rows, "val", "loss")
         if steps:
             axes.plot(steps, losses, "o--", color=colour, ms=4, lw=1, label=f"{several}validation")
+    values = [y for line in axes.lines for y in line.get_ydata() if y > 0]
+    if values and max(values) > 30 * min(values):  # else one high point flattens all others
+        axes.set_yscale("log")
     _label_axes(axes, "Loss", "cross entropy (nats per token)")
 
 

@@ -47,8 +47,9 @@ class RunCheckpoints:
             barrier=distributed.barrier,
         )
         if distributed.is_main():  # rank 0
-            if state.best_step == state.step:
-                checkpoint.write_pointer(self.run_dir, "best", state.step)
+            best_step = state.best_step  # also after a resume from before a damaged, better one
+            if best_step and checkpoint.checkpoint_path(self.run_dir, best_step).exists():
+                checkpoint.write_pointer(self.run_dir, "best", best_step)
             best = checkpoint.read_pointer(self.run_dir, "best")
             checkpoint.prune(self.run_dir, self.keep, () if best is None else (best,))
         distributed.barrier()

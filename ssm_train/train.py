@@ -15,9 +15,12 @@ from pathlib import Path
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch
 from ssm_train.assemble import (
+    LOSSES,
     base_id,
     base_run,
     build_evaluation,
+    choose_main_metric,
+    debug_config,
     find_splits,
     keep_new_base,
     load_examples,
@@ -49,7 +52,7 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
     nothing is written.
     """
     if cfg.debug:
-        cfg = cfg.model_copy(update={"num_epochs": 1.0, "max_steps": None})
+        cfg = debug_config(cfg)
     run_dir = run_directory(cfg, cfg_path)
     main = os.environ.get("RANK", "0") == "0"  # asked before the processes know each other
     with own(run_dir) if cfg.lock and main else nullcontext():
@@ -61,7 +64,7 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
     check_run_directory(run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
     check_trackers(cfg.trackers)
     splits = find_splits(cfg)
-    check_data(cfg, splits)
+    main_metric = choose_main_metric(cfg, check_data(cfg, splits))
     peft = load_peft(cfg.peft, cfg.peft_overrides.given())
     if (unfinished := train_base(cfg)) is not None:
         return unfinished
@@ -98,7 +101,6 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
         if split != "train"
     }
     val = evaluations.get("val")
-    main_metric = cfg.metric_for_best or (val.main_metric if val else "loss")
     schedule = plan_schedule(cfg, order.steps_per_epoch)
 
     if distributed.is_main():  # rank 0; from here on the run directory is ours
@@ -157,7 +159,7 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
                 evaluate=evaluate if val else None,
                 save=None if cfg.no_save else checkpoints.save,
                 main_metric=main_metric,
-                higher_is_better=main_metric not in ("loss", "perplexity"),
+                higher_is_better=main_metric not in LOSSES,
                 least_metric=cfg.min_eval_metric_after_epoch,
                 stop=stop,
             ),
@@ -167,7 +169,9 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
         after, after_step = state.best, state.best_step
         if complete and not checkpoints.load_best(state):
             after, after_step = log.values.get("val", {}), state.step
-        test = evaluate(state.step, "test") if complete and "test" in evaluations else {}
+        test = (
+            evaluate(after_step or state.step, "test") if complete and "test" in evaluations else {}
+        )
     result = Result(
         outcome, run_dir, state.step, main_metric, log.before, after, after_step, test,
         log.rates, log.rows.get("test") or log.rows.get("val", []),

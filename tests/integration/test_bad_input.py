@@ -116,6 +116,13 @@ FILES = [
 
 KEYS = [
     changed("unknown key", {"learning_rat": 1}, "'learning_rat'", "did you mean 'learning_rate'"),
+    changed("metric not measured", {"metric_for_best": "acuracy"}, "metric_for_best", "acuracy"),
+    changed(
+        "least loss",
+        {"min_eval_metric_after_epoch": {1: 2.0}, "metric_for_best": "loss"},
+        "min_eval_metric_after_epoch",
+        "less is better",
+    ),  # fmt: skip
     changed("unknown key like none", {"xyzzy": 1}, "unknown key 'xyzzy'", "learning_rate"),
     changed("text for a number", {"learning_rate": "fast"}, "learning_rate is 'fast'", "a number"),
     changed("fraction for a count", {"batch_size": 4.5}, "batch_size is 4.5", "a whole number"),
