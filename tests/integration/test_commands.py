@@ -4,6 +4,7 @@ weights in a fresh process that has another seed."""
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny_runs import LORA, PISSA, metrics, train, write_config
 
 import ssm_train
 from ssm_train.cli import BAD_INPUT, DONE, main
+from ssm_train.config import load_config
 
 RUNS = {
     "gla_lora": ("gla", LORA),
@@ -76,6 +78,20 @@ def test_eval_repeats_what_the_run_measured(name, finished, capsys):
     said = dict(line.split() for line in capsys.readouterr().out.splitlines())
     last = metrics(result.run_dir, "val")[-1]
     assert float(said["loss"]) == pytest.approx(last["loss"], abs=1e-3)
+
+
+def test_eval_takes_other_data_and_any_split(finished, capsys, tmp_path):
+    """`--data` wins over the run's own test_data; a training split is evaluated whole."""
+    directory = run_dir(finished, "gla_lora")
+    cfg, _ = load_config(directory / "cfg.yaml")
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(Path(cfg.test_data).read_text().splitlines(keepends=True)[:3]))
+    tokens = {}
+    for words in ("", f"--data {few}", f"--data {few} --split test", "--split train"):
+        assert main(["eval", str(directory), *words.split(), "--json"]) == DONE, words
+        tokens[words.replace(str(few), "few")] = json.loads(capsys.readouterr().out)["tokens"]
+    assert tokens["--data few"] == tokens["--data few --split test"] < tokens[""]
+    assert tokens["--split train"] > tokens["--data few"]
 
 
 def test_generate_says_what_the_predictions_say(finished, capsys, tmp_path):
