@@ -13,7 +13,8 @@ from ssm_train import distributed
 from ssm_train.adapters import registry
 from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, Prepared
 from ssm_train.adapters.loading import save_model
-from ssm_train.config import RunConfig, load_config, run_directory
+from ssm_train.bases import base_run
+from ssm_train.config import RunConfig
 from ssm_train.data.batches import collate, pack
 from ssm_train.data.examples import TokenizedDataset
 from ssm_train.data.order import Order, PackedOrder, accumulation_for, build_order
@@ -23,18 +24,12 @@ from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.errors import InputError, near
 from ssm_train.evaluate import Evaluation
 from ssm_train.generate import Autocast, create_decoder
+from ssm_train.record import replace_directory
 
 LOSSES = ("loss", "perplexity")  # metrics of which less is better
 NEW_BASE = "base"  # directory of a run: the new model that its adapter belongs to
 DEBUG_EXAMPLES = {"train": 8, "val": 2, "test": 2}
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def base_run(cfg: RunConfig) -> Path | None:
-    """The directory of the run whose result is the model, where `model` is a run config."""
-    if cfg.model is None or Path(cfg.model).suffix not in (".yaml", ".yml"):
-        return None
-    return run_directory(load_config(cfg.model)[0], cfg.model)
 
 
 def base_id(cfg: RunConfig, run_dir: Path) -> str | None:
@@ -51,8 +46,9 @@ def keep_new_base(cfg: RunConfig, run_dir: Path) -> Path:
     makes them again from the seed, and writes them."""
     distributed.seed_everything(cfg.seed)
     _, prepared, _ = prepare_model(cfg, None, "cpu", frozen=True)
-    save_model(prepared.model, run_dir / NEW_BASE)
-    prepared.tokenizer.save_pretrained(run_dir / NEW_BASE)
+    with replace_directory(run_dir / NEW_BASE) as directory:
+        save_model(prepared.model, directory)
+        prepared.tokenizer.save_pretrained(directory)
     return run_dir / NEW_BASE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from ssm_train import distributed, snapshot
 from ssm_train.adapters.base import ModelAdapter, Prepared
 from ssm_train.assemble import base_id, build_evaluation, load_examples, prepare_model
+from ssm_train.bases import check_base, recorded_base
 from ssm_train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, read_pointer
 from ssm_train.config import RunConfig, load_config
 from ssm_train.errors import InputError
@@ -31,24 +33,27 @@ def open_run(
     run_dir: Path, checkpoint: str, device: str, **changes: Any
 ) -> tuple[RunConfig, ModelAdapter, Prepared, str | None]:
     """Config with `changes`, adapter, model and the base's id. Nothing is written."""
-    cfg, _ = load_config(run_dir / MARKER)
+    base = recorded_base(run_dir)
+    cfg, _ = load_config(run_dir / MARKER, {"model": json.dumps(base)} if base else None)
     cfg = cfg.model_copy(update={"device": device, **changes})
     accelerator = distributed.build_accelerator(cfg.prec, cfg.device)
     place = str(accelerator.device)
-    peft = load_peft(cfg.peft, cfg.peft_overrides.given())
-    if peft is None and checkpoint == "best":
+    if cfg.peft is None and checkpoint == "best":
         exported = exported_weights(run_dir, "model")
         cfg = cfg.model_copy(update={"new_model": None, "tokenizer": None})
         return cfg, *prepare_model(cfg, str(exported), place, frozen=True)[:2], None
     if isinstance(cfg.tokenizer, dict):  # was built from the training data
         cfg = cfg.model_copy(update={"tokenizer": str(run_dir / "tokenizer")})
     base = base_id(cfg, run_dir)
-    adapter, prepared, _ = prepare_model(cfg, base, place, frozen=peft is not None)
+    if cfg.model is not None:
+        check_base(run_dir, str(base))
+    adapter, prepared, _ = prepare_model(cfg, base, place, frozen=cfg.peft is not None)
     if checkpoint == "best":
         from ssm_train.peft.export import load_adapter
 
         prepared.model = load_adapter(prepared.model, exported_weights(run_dir, "adapter"))
         return cfg, adapter, prepared, base
+    peft = load_peft(cfg.peft, cfg.peft_overrides.given())
     method = peft.make() if peft else None
     if method:
         method.inject(prepared)

@@ -11,6 +11,8 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,21 @@ def create_run_directory(run_dir: Path, config_yaml: str, *, overwrite: bool) ->
     (run_dir / "environment.json").write_text(
         json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8"
     )
+
+
+@contextmanager
+def replace_directory(path: Path) -> Iterator[Path]:
+    """Rank 0. A directory to write in, which becomes `path` when all is written: no reader, and
+    no later run, finds half of it."""
+    partial, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def describe_environment() -> dict[str, Any]:

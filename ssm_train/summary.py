@@ -14,6 +14,7 @@ from ssm_train.adapters.loading import save_model
 from ssm_train.evaluate import Row
 from ssm_train.loop import Outcome
 from ssm_train.plot import plot_metrics
+from ssm_train.record import replace_directory
 
 
 @dataclass
@@ -43,24 +44,25 @@ def export_weights(
 ) -> Path:
     """Rank 0. Writes `adapter/` (PEFT's format) or, after full fine-tuning, `model/`
     (transformers' format), with the tokenizer; returns the directory."""
-    if method is None:
-        path = run_dir / "model"
-        save_model(prepared.model, path)
-    else:
-        from ssm_train.peft.export import export_adapter
+    path = run_dir / ("model" if method is None else "adapter")
+    with replace_directory(path) as directory:
+        if method is None:
+            save_model(prepared.model, directory)
+        else:
+            from ssm_train.peft.export import export_adapter
 
-        assert base_id is not None, "an adapter belongs to weights that exist as files"
-        if Path(base_id).exists():
-            base_id = str(Path(base_id).resolve())  # right from any working directory
-        path = export_adapter(
-            prepared.model,
-            run_dir / "adapter",
-            base_id=base_id,
-            revision=revision,
-            traits=prepared.traits,
-            initial=getattr(method, "initial", None),
-        )
-    prepared.tokenizer.save_pretrained(path)
+            assert base_id is not None, "an adapter belongs to weights that exist as files"
+            if Path(base_id).exists():
+                base_id = str(Path(base_id).resolve())  # right from any working directory
+            export_adapter(
+                prepared.model,
+                directory,
+                base_id=base_id,
+                revision=revision,
+                traits=prepared.traits,
+                initial=getattr(method, "initial", None),
+            )
+        prepared.tokenizer.save_pretrained(directory)
     return path
 
 

@@ -17,7 +17,6 @@ from ssm_train.adapters.base import Batch
 from ssm_train.assemble import (
     LOSSES,
     base_id,
-    base_run,
     build_evaluation,
     choose_main_metric,
     debug_config,
@@ -28,7 +27,15 @@ from ssm_train.assemble import (
     plan_order,
     prepare_model,
 )
-from ssm_train.config import RunConfig, describe_overrides, dump_yaml, load_config, run_directory
+from ssm_train.bases import (
+    base_run,
+    check_base,
+    find_base,
+    load_base_config,
+    own_when_free,
+    record_base,
+)
+from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
 from ssm_train.data.examples import TokenizedDataset
 from ssm_train.data.sources import check_data
 from ssm_train.errors import InputError
@@ -39,7 +46,7 @@ from ssm_train.optim import build_optimizer
 from ssm_train.peft.coverage import measure_coverage
 from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.spec import load_peft
-from ssm_train.record import MARKER, check_run_directory, create_run_directory
+from ssm_train.record import check_run_directory, create_run_directory
 from ssm_train.resume import RunCheckpoints, find_resume_point
 from ssm_train.runlog import RunLog
 from ssm_train.summary import Result, export_weights, print_summary
@@ -73,6 +80,8 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
     device, rank = accelerator.device, distributed.rank()
     distributed.seed_everything(cfg.seed)
     base = base_id(cfg, run_dir)
+    if cfg.resume and cfg.model is not None:
+        check_base(run_dir, str(base))
     adapter, prepared, reason = prepare_model(cfg, base, str(device), frozen=peft is not None)
     data = {split: load_examples(cfg, prepared.tokenizer, split) for split in splits}
     found, notes = find_resume_point(run_dir) if cfg.resume else (None, [])
@@ -105,6 +114,8 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
 
     if distributed.is_main():  # rank 0; from here on the run directory is ours
         create_run_directory(run_dir, dump_yaml(cfg), overwrite=cfg.overwrite)
+        if cfg.model is not None:
+            record_base(run_dir, str(base))
         if isinstance(cfg.tokenizer, dict):  # built from the training data
             prepared.tokenizer.save_pretrained(run_dir / "tokenizer")
         if method and base is None:
@@ -189,26 +200,28 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
 def train_base(cfg: RunConfig) -> Result | None:
     """Where `model` is a run config, trains it, unless that was done before. All ranks.
 
-    Returns how it ended where that is too early; a stopped one goes on the next time.
+    Returns how it ended where that is too early; a stopped one goes on the next time. Raises
+    InputError where another base is there.
     """
     run_dir = base_run(cfg)
     if run_dir is None:
         return None
     assert cfg.model is not None
-    base_cfg, provenance = load_config(cfg.model)
+    base_cfg, provenance = load_base_config(cfg.model)
     if base_cfg.peft is not None:
         raise InputError(f"model: {cfg.model} trains an adapter; a base needs peft: null")
     if provenance["device"] == "default":
         base_cfg = base_cfg.model_copy(update={"device": cfg.device})
-    marker = run_dir / MARKER
-    begun = marker.is_file()
-    same = begun and marker.read_text(encoding="utf-8") == dump_yaml(base_cfg)
-    done = same and (run_dir / "model" / "config.json").is_file()
-    distributed.barrier()  # every rank has looked before one of them writes
-    if done:
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # so that all ranks wait for rank 0
+        distributed.build_accelerator(cfg.prec, cfg.device)
+    if find_base(run_dir, base_cfg, cfg.model) == "done":
         return None
-    base_cfg = base_cfg.model_copy(update={"resume": same, "overwrite": begun and not same})
-    result = run(base_cfg, provenance, cfg.model)
+    with own_when_free(run_dir):
+        found = find_base(run_dir, base_cfg, cfg.model)  # another process may have made it
+        if found == "done":
+            return None
+        launch = {"resume": found == "begun", "overwrite": found == "none", "lock": False}
+        result = run(base_cfg.model_copy(update=launch), provenance, cfg.model)
     return None if result.outcome == "finished" else result
 
 

@@ -1,6 +1,8 @@
 """Whole runs in one process: stopped and resumed, packed, never moved by a zero learning rate,
 exported from the best step, refused when a matrix would train in vain."""
 
+import hashlib
+import json
 import math
 import subprocess
 import sys
@@ -25,7 +27,8 @@ from tiny_runs import (
 
 from ssm_train.cli import REQUEUE
 from ssm_train.errors import InputError
-from ssm_train.finished import evaluate_run
+from ssm_train.finished import evaluate_run, load_run
+from ssm_train.lock import own
 
 
 @pytest.fixture(autouse=True)
@@ -274,10 +277,99 @@ def test_a_base_from_a_run_config_is_trained_once(tmp_path):
     assert weights.stat().st_mtime_ns == made
     assert metrics(result.run_dir) == rows
     assert_same_tensors(exported(result.run_dir), tensors)
-    write_config(tmp_path, "base", "mamba", max_steps=3, skip_eval=True)
+    write_config(tmp_path, "base", "mamba", max_steps=2, skip_eval=True, device="auto", lock=True)
     train(config)
-    assert weights.stat().st_mtime_ns > made
-    assert metrics(result.run_dir) != rows
+    assert weights.stat().st_mtime_ns == made
+    write_config(tmp_path, "base", "mamba", max_steps=3, skip_eval=True)
+    with pytest.raises(InputError, match=f"max_steps from the base in {weights.parents[1]}; give"):
+        train(config)
+    assert weights.stat().st_mtime_ns == made
+    assert_same_tensors(exported(result.run_dir), tensors)
+
+
+def test_a_run_on_a_base_works_from_anywhere_until_its_weights_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = Path()
+    write_config(here, "base", "mamba", max_steps=2, skip_eval=True, output_root=None)
+    changes = {"new_model": None, "tokenizer": None, "model": "base.yaml", "peft": LORA}
+    config = write_config(here, "lora", "mamba", **changes, max_steps=2, output_root=None)
+    monkeypatch.setenv("SSM_TRAIN_OUTPUT", "elsewhere")
+    result = train(config, output_root="elsewhere")
+    weights = tmp_path / "elsewhere" / "train_seed42" / "base" / "model" / "model.safetensors"
+    assert weights.is_file()
+    record = json.loads((result.run_dir / "base.json").read_text())
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert record == {"directory": str(weights.parent), "sha256": {weights.name: sha256}}
+
+    run_dir = result.run_dir.resolve()
+    (tmp_path / "base.yaml").rename(tmp_path / "other.yaml")
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    for checkpoint in ("best", "last"):
+        load_run(run_dir, checkpoint, "cpu")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.yaml").rename(tmp_path / "base.yaml")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match="model.safetensors in .* has SHA-256"):
+        load_run(run_dir, "best", "cpu")
+    with pytest.raises(InputError, match="put those weights back"):
+        train(config, output_root="elsewhere", resume=True)
+
+
+WAITING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from tiny_runs import train
+train(Path(sys.argv[2]))
+"""
+
+
+def test_two_runs_make_their_base_once(tmp_path):
+    base = write_config(tmp_path, "base", "mamba", max_steps=2, skip_eval=True)
+    base_dir = tmp_path / "output" / "train_seed42" / "base"
+    changes = {"new_model": None, "tokenizer": None, "model": str(base), "peft": LORA}
+    first = write_config(tmp_path, "first", "mamba", **changes, max_steps=2)
+    second = write_config(tmp_path, "second", "mamba", **changes, max_steps=2)
+    with own(base_dir):  # as a run that trains the base
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", WAITING, str(Path(__file__).parent), str(second)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert waiting.stdout.readline().startswith(f"waiting for the base {base_dir}")
+        assert not base_dir.exists()
+        train(base)
+        made = (base_dir / "model" / "model.safetensors").stat().st_mtime_ns
+    said = waiting.communicate()[0]
+    assert waiting.returncode == 0 and "waiting" not in said and "second" in said
+    train(first)
+    assert (base_dir / "model" / "model.safetensors").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("peft", [None, LORA], ids=["model", "adapter"])
+def test_an_export_that_was_cut_short_is_no_export(peft, tmp_path, monkeypatch):
+    from transformers import PreTrainedTokenizerBase
+
+    config = write_config(tmp_path, "cut", "mamba", max_steps=2, skip_eval=True, peft=peft)
+    save = PreTrainedTokenizerBase.save_pretrained
+
+    def killed(self, directory, *args, **kwargs):
+        if Path(directory).name.startswith(("model", "adapter")):
+            raise KeyboardInterrupt
+        return save(self, directory, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    run_dir = tmp_path / "output" / "train_seed42" / "cut"
+    kind = "model" if peft is None else "adapter"
+    assert not (run_dir / kind).exists()
+    for _ in range(2):  # the second time there is an export to replace
+        assert train(config, resume=True).exported == run_dir / kind
+    assert [path.name for path in run_dir.glob(f"{kind}*")] == [kind]
+    load_run(run_dir, "best", "cpu")
 
 
 def test_a_base_that_was_stopped_goes_on(tmp_path, monkeypatch):
