@@ -253,7 +253,10 @@ def _dead_settings(cfg: RunConfig) -> Iterator[tuple[str, str]]:
             "warmup_steps",
             f"warmup_steps {cfg.warmup_steps} is more than max_steps {cfg.max_steps}",
         )
-    needs_eval = ("metric_for_best", "min_eval_metric_after_epoch", "eval_gen", "max_eval_examples")
+    needs_eval = (
+        *("metric_for_best", "min_eval_metric_after_epoch", "eval_gen", "max_eval_examples"),
+        *("eval_at_start", "test_data"),
+    )
     for key in needs_eval:
         if cfg.skip_eval and getattr(cfg, key):
             yield key, f"{key} has no effect with skip_eval; remove one of them"

@@ -1,5 +1,5 @@
-"""Examples to batches: right-padded rows or packed documents for the loss, left-padded prompts for
-generation. What is real, padding or supervised is decided by position, never by token id."""
+"""Examples to batches: right-padded rows, or packed documents. What is real, padding or supervised
+is decided by position, never by token id."""
 
 from __future__ import annotations
 
@@ -66,29 +66,6 @@ def _batch(
         input_ids=torch.from_numpy(input_ids),
         target_positions=torch.from_numpy(target_positions),
         targets=torch.from_numpy(targets),
-        sequence_ids=torch.from_numpy(sequence_ids),
-        position_ids=torch.from_numpy(position_ids),
-        attention_mask=torch.from_numpy(real),
-        example_ids=tuple(examples.tolist()),
-        num_tokens=int(lengths.sum()),
-    )
-
-
-def collate_prompts(dataset: TokenizedDataset, examples: Indices) -> Batch:
-    """Prompts [B, T] padded on the left, so that all go on from the last column. No targets."""
-    lengths = dataset.prompt_lengths[examples]
-    rows, longest = len(examples), int(lengths.max())
-    real = np.arange(longest) >= longest - lengths[:, None]  # [B, T]
-    input_ids = np.full((rows, longest), dataset.pad_id, dtype=np.int64)
-    input_ids[real] = np.concatenate([dataset.prompt_ids(i) for i in examples])
-    position_ids = np.zeros_like(input_ids)
-    position_ids[real] = count_up(lengths)
-    sequence_ids = np.where(real, np.arange(rows)[:, None], -1)
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        target_positions=nothing,
-        targets=nothing,
         sequence_ids=torch.from_numpy(sequence_ids),
         position_ids=torch.from_numpy(position_ids),
         attention_mask=torch.from_numpy(real),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssm_train.data.batches import batches_by_length, collate, collate_prompts, count_up, pack
+from ssm_train.data.batches import batches_by_length, collate, count_up, pack
 from ssm_train.data.examples import TokenizedDataset
 from ssm_train.data.tasks import build_task
 
@@ -93,15 +93,6 @@ def test_a_target_is_the_next_token_of_the_same_document():
         at = batch.target_positions
         assert (flat[at + 1] == batch.targets).all()
         assert (documents[at + 1] == documents[at]).all() and (documents[at] >= 0).all()
-
-
-def test_prompts_are_padded_on_the_left():
-    batch = collate_prompts(dataset(), np.array([1, 3, 2]))
-    assert batch.input_ids.tolist() == [[PAD, PAD, PAD, 8], [3, 4, 3, 4], [PAD, PAD, 0, 0]]
-    assert batch.attention_mask.long().tolist() == [[0, 0, 0, 1], [1] * 4, [0, 0, 1, 1]]
-    assert batch.position_ids.tolist() == [[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 0, 1]]
-    assert batch.sequence_ids.tolist() == [[-1, -1, -1, 0], [1] * 4, [-1, -1, 2, 2]]
-    assert (batch.num_targets, batch.num_tokens, batch.example_ids) == (0, 7, (1, 3, 2))
 
 
 def test_evaluation_batches_hold_everything_longest_first():
