@@ -43,8 +43,7 @@ def base_run(cfg: RunConfig) -> Path | None:
 
 def differing_keys(ours: RunConfig, other: RunConfig) -> list[str]:
     """Keys in which two configs train something else."""
-    debug = {"num_epochs", "max_steps"} if ours.debug and other.debug else set()  # set by debug
-    a, b = (cfg.model_dump(exclude=LAUNCH | debug) for cfg in (ours, other))
+    a, b = ours.model_dump(exclude=LAUNCH), other.model_dump(exclude=LAUNCH)
     return [key for key in a if a[key] != b[key]]
 
 

@@ -18,6 +18,7 @@ from ssm_train.assemble import (
     LOSSES,
     base_id,
     build_evaluation,
+    check_same_run,
     choose_main_metric,
     debug_config,
     find_splits,
@@ -71,6 +72,7 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
     check_run_directory(run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
     check_trackers(cfg.trackers)
     splits = find_splits(cfg)
+    changes = check_same_run(cfg, run_dir) if cfg.resume else []
     main_metric = choose_main_metric(cfg, check_data(cfg, splits))
     peft = load_peft(cfg.peft, cfg.peft_overrides.given())
     if (unfinished := train_base(cfg)) is not None:
@@ -139,6 +141,7 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
             f"kernels {', '.join(f'{op}: {name}' for op, name in prepared.kernels.items())}",
             str(measure_coverage(bare)) if method else "full fine-tuning",
             describe_data(data, schedule.total_steps, schedule.steps_per_epoch),
+            *changes,
             *notes,
         ]:
             bar.say(line)
@@ -212,6 +215,8 @@ def train_base(cfg: RunConfig) -> Result | None:
         raise InputError(f"model: {cfg.model} trains an adapter; a base needs peft: null")
     if provenance["device"] == "default":
         base_cfg = base_cfg.model_copy(update={"device": cfg.device})
+    if base_cfg.debug:  # as its record says
+        base_cfg = debug_config(base_cfg)
     if os.environ.get("WORLD_SIZE", "1") != "1":  # so that all ranks wait for rank 0
         distributed.build_accelerator(cfg.prec, cfg.device)
     if find_base(run_dir, base_cfg, cfg.model) == "done":

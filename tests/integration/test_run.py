@@ -102,6 +102,21 @@ def test_a_damaged_checkpoint_is_skipped_and_said(tmp_path, bases, monkeypatch, 
     assert_same_run(resumed.run_dir, whole.run_dir)
 
 
+def test_resume_refuses_another_run_and_names_what_changed(tmp_path, bases, capsys):
+    changes = from_base(bases, "mamba") | {"peft": LORA}
+    first = train(write_config(tmp_path, "run", "mamba", **changes))
+    other = write_config(tmp_path, "run", "mamba", **changes | {"seed": 5})
+    with pytest.raises(InputError, match="holds no run|seed was"):
+        train(other, resume=True)
+    wider = write_config(tmp_path, "run", "mamba", **changes | {"group_by_length": False})
+    with pytest.raises(InputError, match="--resume: group_by_length was True .* is False now"):
+        train(wider, resume=True)
+    kept = (first.run_dir / "cfg.yaml").read_text()
+    assert "group_by_length: true" in kept
+    train(write_config(tmp_path, "run", "mamba", **changes | {"save_total_limit": 3}), resume=True)
+    assert "resumed with save_total_limit 3 instead of 2" in capsys.readouterr().out
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path, bases):
     changes = from_base(bases, "mamba") | {
         "peft": LORA,
@@ -285,6 +300,13 @@ def test_a_base_from_a_run_config_is_trained_once(tmp_path):
         train(config)
     assert weights.stat().st_mtime_ns == made
     assert_same_tensors(exported(result.run_dir), tensors)
+
+
+def test_a_debug_base_is_the_same_base_the_next_time(tmp_path):
+    base = write_config(tmp_path, "base", "mamba", max_steps=2, skip_eval=True, debug=True)
+    changes = {"new_model": None, "tokenizer": None, "model": str(base), "max_steps": 1}
+    for name in ("first", "second"):
+        assert train(write_config(tmp_path, name, "mamba", **changes)).outcome == "finished"
 
 
 def test_a_run_on_a_base_works_from_anywhere_until_its_weights_change(tmp_path, monkeypatch):
