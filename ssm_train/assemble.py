@@ -14,7 +14,7 @@ from ssm_train.adapters import registry
 from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, Prepared
 from ssm_train.adapters.loading import save_model
 from ssm_train.bases import base_run
-from ssm_train.config import RunConfig
+from ssm_train.config import RunConfig, load_config
 from ssm_train.data.batches import collate, pack
 from ssm_train.data.examples import TokenizedDataset
 from ssm_train.data.order import Order, PackedOrder, accumulation_for, build_order
@@ -24,9 +24,13 @@ from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.errors import InputError, near
 from ssm_train.evaluate import Evaluation
 from ssm_train.generate import Autocast, create_decoder
-from ssm_train.record import replace_directory
+from ssm_train.record import MARKER, replace_directory
 
 LOSSES = ("loss", "perplexity")  # metrics of which less is better
+FIXED_AT_START = (
+    *("model", "new_model", "revision", "tokenizer", "peft", "peft_overrides", "prec", "seed"),
+    *("data", "task", "max_length", "packing", "tokens_per_batch", "group_by_length", "debug"),
+)
 NEW_BASE = "base"  # directory of a run: the new model that its adapter belongs to
 DEBUG_EXAMPLES = {"train": 8, "val": 2, "test": 2}
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -57,6 +61,26 @@ def debug_config(cfg: RunConfig) -> RunConfig:
     share = max(1, DEBUG_EXAMPLES["train"] // int(os.environ.get("WORLD_SIZE", "1")))
     few = {"batch_size": min(cfg.batch_size, share), "gradient_accumulation_steps": 1}
     return cfg.model_copy(update={"num_epochs": 1.0, "max_steps": None, **few})
+
+
+def check_same_run(cfg: RunConfig, run_dir: Path) -> list[str]:
+    """Compares a resumed run's config with the one it began with: a line for each changed value.
+
+    Raises InputError for a change after which its checkpoint would mean something else.
+    """
+    began, _ = load_config(run_dir / MARKER)
+    notes = []
+    for key in RunConfig.model_fields:
+        old, new = getattr(began, key), getattr(cfg, key)
+        if old == new or key in ("resume", "overwrite", "name"):
+            continue
+        if key in FIXED_AT_START:
+            raise InputError(
+                f"--resume: {key} was {old!r} when the run began and is {new!r} now; "
+                "start a new run for it"
+            )
+        notes.append(f"resumed with {key} {new!r} instead of {old!r}")
+    return notes
 
 
 def choose_main_metric(cfg: RunConfig, task: Task) -> str:

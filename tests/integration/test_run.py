@@ -105,9 +105,6 @@ def test_a_damaged_checkpoint_is_skipped_and_said(tmp_path, bases, monkeypatch, 
 def test_resume_refuses_another_run_and_names_what_changed(tmp_path, bases, capsys):
     changes = from_base(bases, "mamba") | {"peft": LORA}
     first = train(write_config(tmp_path, "run", "mamba", **changes))
-    other = write_config(tmp_path, "run", "mamba", **changes | {"seed": 5})
-    with pytest.raises(InputError, match="holds no run|seed was"):
-        train(other, resume=True)
     wider = write_config(tmp_path, "run", "mamba", **changes | {"group_by_length": False})
     with pytest.raises(InputError, match="--resume: group_by_length was True .* is False now"):
         train(wider, resume=True)
