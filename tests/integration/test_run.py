@@ -300,10 +300,14 @@ def test_a_base_from_a_run_config_is_trained_once(tmp_path):
 
 
 def test_a_debug_base_is_the_same_base_the_next_time(tmp_path):
-    base = write_config(tmp_path, "base", "mamba", max_steps=2, skip_eval=True, debug=True)
+    base = write_config(tmp_path, "base", "mamba", batch_size=16, skip_eval=True, debug=True)
     changes = {"new_model": None, "tokenizer": None, "model": str(base), "max_steps": 1}
+    weights = tmp_path / "output" / "train_seed42" / "base" / "model" / "model.safetensors"
+    made = set()
     for name in ("first", "second"):
-        assert train(write_config(tmp_path, name, "mamba", **changes)).outcome == "finished"
+        train(write_config(tmp_path, name, "mamba", **changes))
+        made.add(weights.stat().st_mtime_ns)
+    assert len(made) == 1
 
 
 def test_a_run_on_a_base_works_from_anywhere_until_its_weights_change(tmp_path, monkeypatch):
