@@ -274,15 +274,18 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def adopt(model: Any, kernels: KernelChoice = "auto") -> GLAForCausalLM:
-    """Gives a stock fla model our forwards, in place; also under PEFT layers."""
+def adopt(model: Any, kernels: KernelChoice | None = None) -> GLAForCausalLM:
+    """Gives a stock fla model our forwards, in place; also under PEFT layers.
+
+    Without `kernels`, modules that are ours already keep their choice; new ones have "auto".
+    """
     refuse_what_is_not_covered(model.config.to_dict())
     common.retype(model, OURS)
     for module in model.modules():
         if isinstance(module, GatedLinearAttention):
             gate = module.gk_proj[1]
             common.retype(getattr(gate, "base_layer", gate), {nn.Linear: common.Fp32BiasLinear})
-        if type(module) in OURS.values() and hasattr(module, "kernels"):
+        if kernels is not None and type(module) in OURS.values() and hasattr(module, "kernels"):
             module.kernels = kernels
     return model
 

@@ -98,6 +98,19 @@ def test_bf16_base_keeps_fp32_factors(family, variant):
         check_liveness(prepared.model, make_batch(), common.token_losses)
 
 
+@pytest.mark.parametrize(
+    "family, flag", [("gla", "kernels"), ("mamba", "fast"), ("mamba2", "fast")]
+)
+def test_the_choice_of_kernels_survives_injection(family, flag):
+    prepared = prepare(family)
+    chosen = {"kernels": "reference", "fast": True}[flag]
+    modules = [m for m in prepared.model.modules() if hasattr(m, flag)]
+    for module in modules:
+        setattr(module, flag, chosen)
+    inject(prepared)
+    assert modules and all(getattr(module, flag) == chosen for module in modules)
+
+
 def test_pissa_holds_the_principal_part():
     prepared = prepare("mamba")
     weight = prepared.model.backbone.layers[0].mixer.in_proj.weight.detach().double()
