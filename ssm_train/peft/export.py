@@ -77,7 +77,7 @@ def load_adapter(model: nn.Module, directory: str | Path, is_trainable: bool = F
     A stock transformers or fla model becomes one of ours first, if the adapter needs that.
     Raises InputError.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     from ssm_train.peft.registration import register
 
@@ -90,13 +90,26 @@ def load_adapter(model: nn.Module, directory: str | Path, is_trainable: bool = F
     except (ValueError, RuntimeError) as error:  # other names, other shapes
         reason = " ".join(str(error).split())[:400]
         raise InputError(f"{directory} does not fit this base model: {reason}") from error
+    _store_saved_modules_in_fp32(loaded)
+    set_peft_model_state_dict(loaded, tensors)
     reached = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     if difference := sorted(set(reached) ^ set(tensors)):
         raise InputError(
             f"{directory} does not fit this base model: {len(difference)} tensors are in only one "
             f"of the two, such as {difference[0]}"
         )
+    for name, tensor in tensors.items():
+        assert torch.equal(reached[name].to(tensor), tensor), name
     return loaded
+
+
+def _store_saved_modules_in_fp32(model: nn.Module) -> None:
+    """As in training; PEFT copies them from the base, whose dtype would round what is loaded."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
 
 
 def read_adapter(directory: Path) -> dict[str, Tensor]:

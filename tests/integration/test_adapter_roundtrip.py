@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft_tiny import (
     RANKS,
     inject,
@@ -213,6 +213,26 @@ def test_bf16_base_gets_the_fp32_adapter_back(tmp_path):
     assert actual.keys() == expected.keys()
     for name, parameter in actual.items():
         assert parameter.dtype == torch.float32 and torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("family", ["mamba", "gla"])
+def test_modules_trained_in_full_come_back_in_fp32(family, tmp_path):
+    """On a bf16 base every tensor is the file's, bit for bit."""
+    saved = {"mamba": "conv1d", "gla": "lm_head"}[family]
+    prepared = prepare(family, dtype=torch.bfloat16)
+    method = inject(prepared, modules_to_save=[saved])
+    train_a_little(prepared.model)
+    export(prepared, method, tmp_path)
+    written = read_adapter(tmp_path)
+    assert any(saved in name for name in written)
+    loaded = load_adapter(prepare(family, dtype=torch.bfloat16).model, tmp_path)
+    actual = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    assert actual.keys() == written.keys()
+    for name, tensor in written.items():
+        assert actual[name].dtype == torch.float32 and torch.equal(actual[name], tensor), name
+    ids = tokens(2, 13)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits_of(loaded, ids), logits_of(prepared.model, ids))
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
