@@ -20,6 +20,8 @@ from torch import Tensor
 from ssm_train.errors import InputError
 
 Precision = Literal["bf16", "fp16", "fp32"]
+ENGINES = ("NO", "MULTI_CPU", "MULTI_GPU")
+"""Accelerate's distributed types under which a step's gradients are ours."""
 
 
 def rank() -> int:
@@ -111,40 +113,84 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def select_device(device: str) -> None:
-    """Make "cuda:1" the only visible GPU, before CUDA starts."""
+def select_device(device: str) -> torch.device | None:
+    """Makes "cuda:1" the current GPU and returns it; None when `device` names no index."""
     kind, _, index = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device: {device!r} asked for, but torch sees no GPU; use device: cpu")
-    if index:
-        if torch.cuda.is_initialized():
-            raise InputError(f"device: {device!r} must be chosen before CUDA is in use")
-        os.environ["CUDA_VISIBLE_DEVICES"] = index
+    if not index:
+        return None
+    if (launched := launched_processes()) > 1:
+        raise InputError(
+            f"device: {device!r} is one GPU, but {launched} processes were launched; "
+            "use device: cuda, and each takes its own"
+        )
+    if int(index) >= (count := torch.cuda.device_count()):
+        raise InputError(
+            f"device: {device!r} asked for, but torch sees {count} GPU(s); "
+            f"use one of cuda:0 to cuda:{count - 1}"
+        )
+    torch.cuda.set_device(int(index))
+    return torch.device(device)
+
+
+def launched_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def build_accelerator(prec: Precision, device: str) -> Any:
     """The Accelerator of this process; `device` is "auto", "cpu", "cuda" or "cuda:1".
 
-    Raises InputError when the number of processes is not the one that was launched: Accelerate
-    can fall back to a single process without a word.
+    Built anew at every call, in the process group that already stands if there is one. Raises
+    InputError when Accelerate's own environment or configuration made it another one than asked.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
 
-    select_device(device)
+    chosen = select_device(device)
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if prec == "fp16" and on_cpu:
+        raise InputError("prec: fp16 needs a GPU (loss scaling); use prec: bf16 or fp32 on a CPU")
+    # Accelerate keeps the first precision and device of a process for all later ones.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = PartialState(cpu=on_cpu)
+    if chosen is not None:
+        state.device = chosen
     accelerator = Accelerator(
-        cpu=device == "cpu" or not torch.cuda.is_available(),
+        cpu=on_cpu,
         mixed_precision="fp16" if prec == "fp16" else "no",  # fp16: its gradient scaler
         step_scheduler_with_optimizer=False,
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    check_accelerator(accelerator, device)
+    return accelerator
+
+
+def check_accelerator(accelerator: Any, device: str) -> None:
+    """Raises InputError for what Accelerate took from its environment against the config."""
+    launched = launched_processes()
     if accelerator.num_processes != launched:
         raise InputError(
             f"{launched} processes were launched but Accelerate runs {accelerator.num_processes}; "
             "on CPU start with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
         )
-    if prec == "fp16" and accelerator.device.type == "cpu":
-        raise InputError("prec: fp16 needs a GPU (loss scaling); use prec: bf16 or fp32 on a CPU")
-    return accelerator
+    kind = device.partition(":")[0]
+    if kind != "auto" and accelerator.device.type != kind:
+        raise InputError(
+            f"device: {device!r} asked for, but Accelerate chose {str(accelerator.device)!r}; "
+            "unset ACCELERATE_TORCH_DEVICE and ACCELERATE_USE_CPU"
+        )
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        raise InputError(
+            f"Accelerate was told to accumulate over {steps} steps, which would divide gradients "
+            f"by {steps}; unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS and set "
+            "gradient_accumulation_steps in the config instead"
+        )
+    engine = accelerator.distributed_type.value
+    if engine not in ENGINES:
+        raise InputError(
+            f"Accelerate is set to {engine}, but only {', '.join(ENGINES)} are supported; start "
+            "with torchrun, without ACCELERATE_USE_* variables"
+        )
 
 
 def autocast(prec: Precision, device: torch.device) -> AbstractContextManager[Any]:
