@@ -139,9 +139,22 @@ def kernels_of(family: str, device: str, devices: dict[str, Any]) -> list[Kernel
     except Exception as error:  # a missing or broken package of this family
         return [Kernel(family, "all", None, str(error).splitlines()[0])]
     return [
-        Kernel(family, operation, implementation, reason_for(operation, implementation, devices))
+        Kernel(family, operation, None, problem)
+        if (problem := import_problem_of(implementation))
+        else Kernel(
+            family, operation, implementation, reason_for(operation, implementation, devices)
+        )
         for operation, implementation in chosen.items()
     ]
+
+
+def import_problem_of(implementation: str) -> str | None:
+    """Why an installed mamba_ssm cannot be used, and what to do; None for all other kernels."""
+    from ssm_train.adapters.mamba_cuda import REPAIR, SCAN, SSD
+
+    module = {"mamba_ssm (CUDA)": SCAN, "mamba_ssm (Triton)": SSD}.get(implementation)
+    problem = None if module is None else import_problem(module)
+    return problem and f"mamba_ssm is installed but broken ({problem}); {REPAIR}"
 
 
 def reason_for(operation: str, implementation: str, devices: dict[str, Any]) -> str:

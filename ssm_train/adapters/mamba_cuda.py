@@ -4,21 +4,45 @@ SSD of Mamba-2 (Triton). Used on a GPU where mamba_ssm is installed.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssm_train.errors import InputError
 from ssm_train.kernels.selective_scan import selective_scan
 from ssm_train.kernels.ssd import ssd
 
+SCAN = "mamba_ssm.ops.selective_scan_interface"
+SSD = "mamba_ssm.ops.triton.ssd_combined"
+REPAIR = (
+    "build it for this torch: pip install --force-reinstall --no-deps --no-build-isolation "
+    "mamba-ssm causal-conv1d; or set kernels: reference"
+)
 RESET = 1e6  # a step size after which exp(dt * A) is exactly 0 in fp32
 
 
 def available(device: str | torch.device) -> bool:
     """Whether tensors on `device` can go through mamba_ssm."""
     return torch.device(device).type == "cuda" and find_spec("mamba_ssm") is not None
+
+
+@cache
+def load_kernel(module: str, name: str) -> Any:
+    """A function of mamba_ssm; InputError if it is installed but cannot be imported.
+
+    Compiled parts built for another torch fail as ImportError or as the loader's OSError; a missing
+    function as AttributeError.
+    """
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, OSError, AttributeError) as error:
+        raise InputError(
+            f"mamba_ssm is installed but broken ({' '.join(str(error).split())}); {REPAIR}"
+        ) from error
 
 
 def selective_scan_cuda(
@@ -43,8 +67,6 @@ def selective_scan_cuda(
     options: dict[str, Any] = {"D": D, "z": z, "output_final_state": output_final_state}
     if initial_state is not None:
         return selective_scan(u, dt, A, B, C, initial_state=initial_state, **options)
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
     assert not (output_final_state and cu_seqlens is not None), "packed rows have no cache"
     dtype, places = u.dtype, None
     inputs = [x.float() for x in (u, dt, B, C, *([] if z is None else [z]))]
@@ -56,7 +78,7 @@ def selective_scan_cuda(
             for i, x in enumerate(inputs)
         ]
     u, dt, B, C, *gate = (x.mT.contiguous() for x in inputs)  # [B, d or n, T]
-    result = selective_scan_fn(
+    result = load_kernel(SCAN, "selective_scan_fn")(
         u, dt, A, B, C, D, gate[0] if gate else None, return_last_state=output_final_state
     )
     y, state = result if output_final_state else (result, None)
@@ -88,14 +110,12 @@ def ssd_triton(
         return ssd(
             x, dt, A, B, C, D=D, initial_state=initial_state, output_final_state=output_final_state
         )
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
     assert cu_seqlens is None or initial_state is None, "packed rows start from zero"
     documents = None
     if cu_seqlens is not None:
         tokens = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
         documents = torch.searchsorted(cu_seqlens[1:-1], tokens, right=True)[None].int()
-    result = mamba_chunk_scan_combined(
+    result = load_kernel(SSD, "mamba_chunk_scan_combined")(
         x.contiguous(),
         dt,
         A,

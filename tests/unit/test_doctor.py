@@ -1,11 +1,14 @@
 """The doctor reports what is missing instead of failing on it."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ssm_train import doctor
+from ssm_train.errors import InputError
 
 GPU = {"gpus": [{"name": "a GPU"}], "problem": None}
 NO_GPU = {"gpus": [], "problem": "no NVIDIA GPU"}
@@ -31,6 +34,35 @@ def test_a_broken_package_of_one_family_is_reported(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(FAMILIES, "gla", broken)
     found = doctor.kernels_of("gla", "cpu", NO_GPU)
     assert found == [doctor.Kernel("gla", "all", None, "libcuda.so.1: cannot open")]
+
+
+def test_a_broken_mamba_ssm_is_reported_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed, so that it is chosen, but its compiled part was built for another torch."""
+    from ssm_train.adapters import mamba_cuda
+
+    package = tmp_path / "mamba_ssm"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('undefined symbol:\\n _ZN3c10')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert mamba_cuda.available("cuda")
+    for family, operation in (("mamba", "selective_scan"), ("mamba2", "ssd")):
+        found = {kernel.operation: kernel for kernel in doctor.kernels_of(family, "cuda", GPU)}
+        assert found[operation].implementation is None
+        assert "undefined symbol" in found[operation].reason
+        assert "pip install" in found[operation].reason
+        assert found["causal_conv1d"].implementation == "reference"
+    x = torch.ones(1, 2, 1)
+    calls = (
+        lambda: mamba_cuda.selective_scan_cuda(x, x, torch.ones(1, 1), x, x),
+        lambda: mamba_cuda.ssd_triton(x[..., None], x, torch.ones(1), x[..., None], x[..., None]),
+    )
+    for call in calls:
+        with pytest.raises(InputError) as error:
+            call()
+        assert "undefined symbol: _ZN3c10" in str(error.value)
+        assert "kernels: reference" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_why_not_a_faster_kernel() -> None:
