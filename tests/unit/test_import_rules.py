@@ -22,8 +22,8 @@ CONCRETE_ADAPTERS = {
 }
 
 
-# The composition root and its two neighbours: from a config to its parts, and a run loaded again.
-COMPOSITION = ("ssm_train.train", "ssm_train.assemble", "ssm_train.finished")
+# The composition root and its neighbours: bases, from a config to its parts, a run loaded again.
+COMPOSITION = tuple(f"ssm_train.{name}" for name in ("train", "bases", "assemble", "finished"))
 
 
 @dataclass(frozen=True)
