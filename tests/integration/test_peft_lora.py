@@ -111,6 +111,28 @@ def test_the_choice_of_kernels_survives_injection(family, flag):
     assert modules and all(getattr(module, flag) == chosen for module in modules)
 
 
+@every_family
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_fp32_residual_would_change_nothing_in_bf16(family, init):
+    """What is left of the base is stored in bf16: autocast rounds it there anyway."""
+    prepared = prepare(family, dtype=torch.bfloat16)
+    weights = {n: p.detach().float() for n, p in prepared.model.named_parameters()}
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def bf16_logits():
+        return logits_of(prepared.model, tokens(2, 13))
+
+    before = bf16_logits()
+    inject(prepared, init_lora_weights=init)
+    rounded = bf16_logits()
+    for name, layer in lora_layers(prepared.model).items():
+        A, B = (getattr(layer, f"lora_{f}")["default"].weight.detach() for f in "AB")
+        weight = weights[f"{name.removeprefix('base_model.model.')}.weight"]
+        layer.base_layer.weight.data = weight - layer.scaling["default"] * B @ A
+    assert torch.equal(bf16_logits(), rounded)
+    assert (rounded - before).norm() < 0.03 * before.norm()
+
+
 def test_pissa_holds_the_principal_part():
     prepared = prepare("mamba")
     weight = prepared.model.backbone.layers[0].mixer.in_proj.weight.detach().double()
