@@ -96,16 +96,6 @@ def gather_objects(items: list[Any]) -> list[Any]:
     return [item for part in parts for item in part]
 
 
-def main_first(work: Callable[[], Any]) -> Any:
-    """All ranks. Runs `work` on rank 0 before the others, and returns its result on each."""
-    if is_main():
-        result = work()
-        barrier()
-        return result
-    barrier()
-    return work()
-
-
 def seed_everything(seed: int) -> None:
     """Python, NumPy and torch (all devices)."""
     random.seed(seed)

@@ -18,7 +18,7 @@ REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetens
 OPTIONAL = {
     "triton": ("kernels on NVIDIA GPUs; imported by GLA", "pip install triton"),
     "flash-linear-attention": ("the GLA family", "pip install 'flash-linear-attention>=0.6,<0.7'"),
-    "deepspeed": ("ZeRO on several GPUs", "pip install -e '.[deepspeed]'"),
+    "deepspeed": ("planned: ZeRO; runs refuse it so far", "pip install -e '.[deepspeed]'"),
     "mamba-ssm": ("fast scans of Mamba on a GPU", "pip install -e '.[mamba]'"),
     "causal-conv1d": ("needed by mamba-ssm for its own models", "pip install -e '.[mamba]'"),
     "liger-kernel": ("fused losses on NVIDIA GPUs", "pip install -e '.[cuda]'"),
