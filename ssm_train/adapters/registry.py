@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -70,9 +71,21 @@ def resolve(spec: ModelSpec) -> tuple[ModelAdapter, str]:
     In order: an explicit `adapter:`; the model_type of config.json (or of `new_model`); the layout
     of a mamba_ssm checkpoint; "gla" in a hub id whose config can't be read. Raises InputError.
     """
+    check_transformers(metadata.version("transformers"))
     name, reason = choose_family(spec)
     adapter, _ = FAMILIES[name]()
     return adapter, f"{name}: {reason}"
+
+
+def check_transformers(version: str) -> None:
+    """Refuses releases that name the caches of decoding anew: with fla 0.6 and our forwards, cached
+    decoding would go on without its state."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) >= (5, 24):
+        raise InputError(
+            f"transformers {version} is installed, but cached decoding is right up to 5.23 only: "
+            "pip install 'transformers>=5.17,<5.24'"
+        )
 
 
 def choose_family(spec: ModelSpec) -> tuple[str, str]:

@@ -178,3 +178,14 @@ def test_new_models_that_cannot_be(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words) as error:
         registry.resolve(spec)[0].prepare(spec)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("version", ["5.24.0", "5.24.0.dev0", "6.0.1"])
+def test_a_transformers_that_decodes_wrongly_is_refused(version: str) -> None:
+    with pytest.raises(InputError, match=r"right up to 5\.23 only: pip install"):
+        registry.check_transformers(version)
+
+
+@pytest.mark.parametrize("version", ["5.17.0", "5.23.2"])
+def test_a_transformers_that_was_tested_is_taken(version: str) -> None:
+    registry.check_transformers(version)
