@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,17 +17,22 @@ from ssm_train.adapters.loading import save_model
 from ssm_train.bases import base_run
 from ssm_train.config import RunConfig, load_config
 from ssm_train.data.batches import collate, pack
-from ssm_train.data.examples import TokenizedDataset
+from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.data.order import Order, PackedOrder, accumulation_for, build_order
-from ssm_train.data.sources import has_split, load_task_data, training_texts
-from ssm_train.data.tasks.text import Task
+from ssm_train.data.sources import (
+    find_chat_template,
+    has_split,
+    load_task_data,
+    training_texts,
+)
+from ssm_train.data.tasks.task import Task
 from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.errors import InputError, near
 from ssm_train.evaluate import Evaluation
 from ssm_train.generate import Autocast, create_decoder
+from ssm_train.metrics import LOSSES, count_records
 from ssm_train.record import MARKER, replace_directory
 
-LOSSES = ("loss", "perplexity")  # metrics of which less is better
 FIXED_AT_START = (
     *("model", "new_model", "revision", "tokenizer", "peft", "peft_overrides", "prec", "seed"),
     *("data", "task", "max_length", "packing", "tokens_per_batch", "group_by_length", "debug"),
@@ -86,7 +92,8 @@ def check_same_run(cfg: RunConfig, run_dir: Path) -> list[str]:
 def choose_main_metric(cfg: RunConfig, task: Task) -> str:
     """What chooses the best checkpoint: `metric_for_best`, else the task's first metric, or the
     loss where nothing is generated. Raises InputError for one that this run does not measure."""
-    scored = not cfg.skip_eval and (task.type == "classification" or cfg.eval_gen is not None)
+    answers = task.type == "classification" or cfg.eval_gen is not None
+    scored = answers and not cfg.skip_eval
     known = [*(task.metrics if scored else ()), "loss", "perplexity"]
     metric = cfg.metric_for_best or known[0]
     if metric not in known:
@@ -134,6 +141,8 @@ def prepare_model(
         if cfg.packing and "packing" not in adapter.traits.supports:
             raise InputError(f"packing: {adapter.name} models cannot be packed; set packing: false")
         prepared = adapter.prepare(spec)
+    if template := find_chat_template(cfg):
+        prepared.tokenizer.chat_template = template  # saved with it
     return adapter, prepared, reason
 
 
@@ -143,7 +152,21 @@ def load_examples(cfg: RunConfig, tokenizer: Any, split: str) -> TokenizedDatase
     limits = [DEBUG_EXAMPLES[split]] if cfg.debug else []
     if split != "train" and cfg.max_eval_examples is not None:
         limits.append(cfg.max_eval_examples)
-    return load_task_data(cfg, tokenizer, split, limit=min(limits, default=None))
+    with count_records(f"tokenizing {split}", distributed.is_main()) as progress:
+        return load_task_data(
+            cfg,
+            tokenizer,
+            split,
+            limit=min(limits, default=None),
+            progress=progress,
+            say=say_line,
+            once=distributed.work_once,
+        )
+
+
+def say_line(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def plan_order(cfg: RunConfig, train: TokenizedDataset, global_batch: int | None) -> Order:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from ssm_train import distributed
 from ssm_train.checkpoint import digest
-from ssm_train.config import RunConfig, load_config, run_directory
+from ssm_train.config import DIRECTORIES, RunConfig, load_config, run_directory
 from ssm_train.errors import InputError
 from ssm_train.explain import Provenance
 from ssm_train.lock import InUse, own
@@ -23,15 +23,15 @@ from ssm_train.record import MARKER
 RECORD = "base.json"  # of a run directory: the base's directory and the hashes of its weights
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 LAUNCH = {
-    "device", "lock", "num_data_workers", "output_root", "trackers", "resume", "overwrite",
+    "device", "lock", "num_data_workers", "output_root", "data_root", "cache_dir", "trackers",
+    "resume", "overwrite",
 }  # fmt: skip
 """Keys that say how and where a run is launched, not what it trains."""
 
 
 def load_base_config(model: str) -> tuple[RunConfig, Provenance]:
-    """The run config that `model` names; of the environment only the output root counts."""
-    root = os.environ.get("SSM_TRAIN_OUTPUT")
-    return load_config(model, environment={"SSM_TRAIN_OUTPUT": root} if root else None)
+    """The run config that `model` names; of the environment only the directories count."""
+    return load_config(model, environment={k: v for k, v in os.environ.items() if k in DIRECTORIES})
 
 
 def base_run(cfg: RunConfig) -> Path | None:

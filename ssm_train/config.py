@@ -142,6 +142,13 @@ ENVIRONMENT: dict[str, str] = {
 }
 """Variable -> config key. An empty variable counts as not set."""
 
+DIRECTORIES = {
+    "SSM_TRAIN_OUTPUT": "output_root",
+    "SSM_TRAIN_DATA": "data_root",
+    "SSM_TRAIN_CACHE": "cache_dir",
+}
+"""Variable -> config key whose default it is: of this machine, so a file wins over it."""
+
 
 def load_config(
     path: str | Path,
@@ -161,10 +168,9 @@ def load_config(
     provenance: Provenance = {str(key): document.where((key,)) for key in values}
     environment = environment or {}
 
-    if root := environment.get("SSM_TRAIN_OUTPUT"):
-        if "output_root" not in values:
-            provenance["output_root"] = "SSM_TRAIN_OUTPUT"
-        values.setdefault("output_root", root)
+    for variable, key in DIRECTORIES.items():
+        if (text := environment.get(variable)) and key not in values:
+            values[key], provenance[key] = text, variable
     for key, text in (cli_overrides or {}).items():
         _set(values, key, text)
         provenance[key] = "command line"

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from ssm_train.errors import InputError
 
 Precision = Literal["bf16", "fp16", "fp32"]
+SECONDS_BETWEEN_QUESTIONS = 1.0
 ENGINES = ("NO", "MULTI_CPU", "MULTI_GPU")
 """Accelerate's distributed types under which a step's gradients are ours."""
 
@@ -94,6 +96,29 @@ def gather_objects(items: list[Any]) -> list[Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def work_once(work: Callable[[], None]) -> None:
+    """All ranks. Rank 0 works; the others wait, however long it takes, and fail where it fails.
+
+    They ask each other every now and then, so that no collective times out.
+    """
+    if not dist.is_initialized():
+        work()
+        return
+    failure: BaseException | None = None
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work) if is_main() else None
+        done = False
+        while not done:
+            if future is not None:
+                wait([future], timeout=SECONDS_BETWEEN_QUESTIONS)
+            mine = (
+                (future.done(), future.exception() if future.done() else None) if future else None
+            )
+            done, failure = gather_objects([mine])[0]
+    if failure is not None:
+        raise failure
 
 
 def seed_everything(seed: int) -> None:

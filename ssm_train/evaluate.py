@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from ssm_train.adapters.base import Batch, TokenLosses
 from ssm_train.checkpoint import write_atomically
 from ssm_train.data.batches import batches_by_length, collate
-from ssm_train.data.examples import TokenizedDataset
+from ssm_train.data.tasks.text import ClassificationTask
+from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.generate import Autocast, Decoder, evaluation_mode, read_options
-from ssm_train.scores import OUT_OF_CLASS, compute_metrics
+from ssm_train.scores import OUT_OF_CLASS
 from ssm_train.settings import Settings
 
 Gather = Callable[[list[Any]], list[Any]]  # all ranks: the lists of every rank, concatenated
+Score = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
+"""`Task.score`: answers, right answers and contexts of all examples -> metrics."""
 
 
 class EvalSettings(Settings):
@@ -155,22 +158,21 @@ def evaluate_classification(
     batches: Iterable[Batch],
     token_logits: Callable[[nn.Module, Batch], Tensor],
     label_ids: Sequence[int],
-    metrics: Sequence[str],
+    words: Sequence[str],
+    score: Score,
     gather: Gather,
     autocast: Autocast = nullcontext,
 ) -> tuple[dict[str, float], list[Choice]]:
     """All ranks, each with its own batches; the same result on each.
 
-    `label_ids` [C]: the token of each class. An example whose likeliest token is no label counts
-    as wrong and in `out_of_cls` (a share of the examples). Loss and perplexity come along.
+    `label_ids`, `words` [C]: token and name of each class. An example whose likeliest token is no
+    label has no word, so that it counts as wrong. Loss and perplexity come along.
     """
     mine = choose_labels(model, batches, token_logits, label_ids, autocast)
     choices = gather_in_order(mine, gather)
     values = loss_metrics(math.fsum(c.loss for c in choices), len(choices))
-    predictions = [c.prediction for c in choices]
-    targets = [c.target for c in choices]
-    values |= compute_metrics(metrics, predictions, targets, num_classes=len(label_ids))
-    values["out_of_cls"] = predictions.count(OUT_OF_CLASS) / len(predictions)
+    predictions = ["" if c.out_of_class else words[c.choice] for c in choices]
+    values |= score(predictions, [[words[c.target]] for c in choices], [""] * len(choices))
     return values, choices
 
 
@@ -208,7 +210,8 @@ def evaluate_generation(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     references: Sequence[Sequence[str]],
-    metrics: Sequence[str],
+    contexts: Sequence[str],
+    score: Score,
     gather: Gather,
     *,
     rank: int = 0,
@@ -216,7 +219,8 @@ def evaluate_generation(
 ) -> tuple[dict[str, float], list[Row]]:
     """All ranks, with all prompts each; the same result on each.
 
-    `prompts`: token ids; `references[i]`: one or more right answers as text. Rows are in order.
+    `prompts`: token ids; `references[i]`: one or more right answers as text; `contexts[i]`: what
+    `score` must know of the example. Rows are in order.
     """
     mine = slice_of_rank(len(prompts), rank, world_size)
     answers = decoder(model, [prompts[i] for i in mine])
@@ -238,8 +242,7 @@ def evaluate_generation(
         gather,
     )
     assert len(rows) == len(prompts), (len(rows), len(prompts))
-    values = compute_metrics(metrics, [row.prediction for row in rows], references)
-    return values, rows
+    return score([row.prediction for row in rows], references, contexts), rows
 
 
 def slice_of_rank(examples: int, rank: int, world_size: int) -> range:
@@ -282,22 +285,26 @@ class Evaluation:
 
     def run(self, model: nn.Module) -> tuple[dict[str, float], list[Row]]:
         """All ranks. Loss, perplexity and the task's metrics; and what was predicted."""
-        prompts = [self.dataset.prompt_ids(i).tolist() for i in range(len(self.dataset))]
-        metrics = self.dataset.task.metrics
-        if class_ids := self.dataset.class_ids:
+        everything = range(len(self.dataset))
+        task, prompts = self.dataset.task, [self.dataset.prompt_ids(i).tolist() for i in everything]
+        if isinstance(task, ClassificationTask):
             values, choices = evaluate_classification(
-                model, self.batches(), self.token_logits, class_ids, metrics, self.gather,
-                self.autocast,
+                model, self.batches(), self.token_logits, self.dataset.class_ids, task.words,
+                task.score, self.gather, self.autocast,
             )  # fmt: skip
-            return values, describe_choices(choices, self.tokenizer, prompts, class_ids)
+            return values, describe_choices(
+                choices, self.tokenizer, prompts, self.dataset.class_ids
+            )
         values = evaluate_loss(
             model, self.batches(), self.token_losses, self.reduce_sum, self.autocast
         )
-        if self.decoder is None:
+        if self.decoder is None or not task.metrics:
             return values, []
         scores, rows = evaluate_generation(
-            model, self.decoder, self.tokenizer, prompts, self.dataset.references, metrics,
-            self.gather, rank=self.rank, world_size=self.world_size,
+            model, self.decoder, self.tokenizer, prompts,
+            [self.dataset.references(i) for i in everything],
+            [self.dataset.context(i) for i in everything],
+            task.score, self.gather, rank=self.rank, world_size=self.world_size,
         )  # fmt: skip
         return values | scores, rows
 

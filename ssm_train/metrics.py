@@ -7,7 +7,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +21,9 @@ from ssm_train.settings import Settings
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab")
 """Trackers that `trackers:` may name; each is a package of the same name."""
+
+LOSSES = ("loss", "perplexity")
+"""Metrics of which less is better."""
 
 Row = Mapping[str, Any]
 
@@ -226,6 +231,28 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
         self.console.print(text, markup=False)
+
+
+@contextmanager
+def count_records(what: str, main: bool = True) -> Iterator[Callable[[int], None]]:
+    """A function that shows how many records are done, on a terminal and after a second only."""
+    from rich.progress import Progress as Bar
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    bar = Bar(*columns, transient=True, disable=not main or not sys.stdout.isatty())
+    task = bar.add_task(what)
+    begun = time.monotonic()
+
+    def show(done: int) -> None:
+        if not bar.live.is_started and time.monotonic() > begun + 1:
+            bar.start()
+        bar.update(task, description=f"{what}: {done:,} records")
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def clock(seconds: float) -> str:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import socket
 
+import tempfile
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+# Tokenized data of tests is kept apart, and not from one test session to the next.
+CACHE = tempfile.TemporaryDirectory(prefix="ssm_train_cache_")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 from collections.abc import Callable
 from pathlib import Path

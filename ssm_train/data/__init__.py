@@ -13,8 +13,14 @@ class DataSettings(Settings):
     """Which examples, and how they become batches."""
 
     data: str
-    """A JSONL/JSON/CSV/Parquet file, a directory of train/val/test files, or a data set name
-    (docs/data.md) such as "quickstart"."""
+    """A JSONL/JSON/CSV/Parquet file, a directory of train/val/test files, the name of a data set
+    (docs/data.md) such as "glue-tvt_rte", or a hub data set of such files (owner/name)."""
+    data_root: str | None = None
+    """Directory with local copies of published data sets; its default is the variable
+    SSM_TRAIN_DATA; None: they come from the hub."""
+    cache_dir: str | None = None
+    """Where tokenized data is kept; its default is the variable SSM_TRAIN_CACHE; None: ssm_train in
+    the user's cache directory."""
     val_data: str | None = None
     """Evaluation data; None: the evaluation split of `data`."""
     val_data_split: str = "val"
@@ -22,7 +28,8 @@ class DataSettings(Settings):
     test_data: str | None = None
     """Evaluated once at the end of training, when given."""
     task: str | dict[str, Any] | None = None
-    """How fields become prompt and label: a task name or {type, prompt, label, ...}."""
+    """How fields become prompt and label: a task name or {type, prompt, label, ...}; None: the data
+    set's own, or by the fields' usual names (messages; prompt and completion; text)."""
     batch_size: int = Field(default=4, ge=1)
     """Examples in a micro-batch of one process."""
     eval_batch_size: int | None = Field(default=None, ge=1)

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from ssm_train.adapters.base import Batch
-from ssm_train.data.examples import TokenizedDataset
+from ssm_train.data.tokens import TokenizedDataset
 
 Indices = NDArray[np.int64]
 
@@ -20,8 +20,7 @@ def collate(dataset: TokenizedDataset, examples: Indices) -> Batch:
     real = np.arange(longest) < lengths[:, None]  # [B, T]
     input_ids = np.full((rows, longest), dataset.pad_id, dtype=np.int64)
     input_ids[real] = np.concatenate([dataset.example_ids(i) for i in examples])
-    starts = np.arange(rows) * longest
-    return _batch(dataset, examples, input_ids, real, starts)
+    return _batch(dataset, examples, input_ids, real)
 
 
 def pack(dataset: TokenizedDataset, examples: Indices, tokens: int) -> Batch:
@@ -37,7 +36,7 @@ def pack(dataset: TokenizedDataset, examples: Indices, tokens: int) -> Batch:
     input_ids[0, :total] = np.concatenate([dataset.example_ids(i) for i in examples])
     segments = [0, *ends] if total == tokens else [0, *ends, tokens]
     real = np.arange(tokens)[None] < total
-    batch = _batch(dataset, examples, input_ids, real, ends - lengths)
+    batch = _batch(dataset, examples, input_ids, real)
     batch.attention_mask = None
     batch.cu_seqlens = torch.tensor(segments, dtype=torch.int32)
     return batch
@@ -48,7 +47,6 @@ def _batch(
     examples: Indices,
     input_ids: NDArray[np.int64],  # [B, T]
     real: NDArray[np.bool_],  # [B, T]
-    starts: Indices,  # [N] flat index of each example's first token
 ) -> Batch:
     """The batch whose real tokens, in row-major order, are the examples one after the other."""
     lengths = dataset.lengths[examples]
@@ -56,11 +54,10 @@ def _batch(
     position_ids[real] = count_up(lengths)
     sequence_ids = np.full_like(input_ids, -1)
     sequence_ids[real] = np.repeat(np.arange(len(examples)), lengths)
-    # The token at position t is predicted at position t - 1.
-    prompt_lengths = dataset.prompt_lengths[examples]
-    label_lengths = lengths - prompt_lengths
-    first_predictions = starts + prompt_lengths - 1
-    target_positions = np.repeat(first_predictions, label_lengths) + count_up(label_lengths)
+    learnt = np.zeros_like(real)
+    learnt[real] = np.concatenate([dataset.learnt(i) for i in examples])
+    # The token at position t is predicted at position t - 1, which is of the same example.
+    target_positions = np.flatnonzero(learnt) - 1
     targets = input_ids.reshape(-1)[target_positions + 1]
     return Batch(
         input_ids=torch.from_numpy(input_ids),

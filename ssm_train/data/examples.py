@@ -1,6 +1,6 @@
-"""From records to token ids: prompt and label tokenized apart, kept as flat arrays.
+"""From records to token ids: every segment of an example is tokenized by itself.
 
-Loss is on the label's tokens only; where they begin is kept as a position, never as an id.
+Loss is on the learnt segments only; which tokens those are is kept by position, never by id.
 """
 
 from __future__ import annotations
@@ -10,120 +10,121 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ssm_train.data.records import Numbered, Records
-from ssm_train.data.tasks.text import ClassificationTask, Rendered, Task
+from ssm_train.data.tasks.task import Rendered, Segment, Task
+from ssm_train.data.tasks.text import ClassificationTask
+from ssm_train.data.tokens import Chunk, TokenizedDataset
 from ssm_train.errors import InputError
 
 CHUNK_RECORDS = 2_048
 PARALLEL_FROM_RECORDS = 49_152  # below, starting processes costs more than it saves
 
-Ids = NDArray[np.int32]
-Lengths = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class TokenizedDataset:
-    """Examples as prompt ids followed by label ids, all in one flat array."""
-
-    task: Task
-    name: str
-    ids: Ids  # [sum of lengths]
-    offsets: Lengths  # [N + 1]: example i is ids[offsets[i] : offsets[i + 1]]
-    prompt_lengths: Lengths  # [N]: tokens before the label, at least 1
-    pad_id: int
-    eos_id: int
-    class_ids: tuple[int, ...] = ()
-    """Classification: the token of each of `task.words`."""
-    references: tuple[tuple[str, ...], ...] = ()
-    """Evaluation: every right answer of each example; empty for training."""
-    dropped: int = 0
-    """Training examples left out because they were too long."""
-
-    def __len__(self) -> int:
-        return len(self.prompt_lengths)
-
-    @cached_property
-    def lengths(self) -> Lengths:
-        """[N] tokens of each example."""
-        return np.diff(self.offsets)
-
-    def example_ids(self, i: int) -> Ids:
-        """Prompt and label, [T]."""
-        return self.ids[self.offsets[i] : self.offsets[i + 1]]
-
-    def prompt_ids(self, i: int) -> Ids:
-        return self.ids[self.offsets[i] : self.offsets[i] + self.prompt_lengths[i]]
-
-    def label_ids(self, i: int) -> Ids:
-        return self.ids[self.offsets[i] + self.prompt_lengths[i] : self.offsets[i + 1]]
-
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns rendered texts into ids; small enough to be sent to another process."""
+    """Turns records into chunks of ids; small enough to be sent to another process."""
 
     task: Task
     tokenizer: Any
-    eos_id: int
     label_tokens: dict[str, int]
     """Classification: label word -> its token."""
     training: bool
+    max_length: int | None = None
+    """In training, longer examples are dropped or cut; evaluation keeps every example whole."""
 
-    def encode(self, chunk: Sequence[Numbered], records: Records) -> Chunk:
+    def encode(self, piece: Sequence[Numbered], records: Records) -> Chunk:
         """Raises InputError with the place of the record that cannot be used."""
-        rendered = list(render_records(self.task, records, chunk, training=self.training))
-        numbers, examples = [n for n, _ in rendered], [example for _, example in rendered]
-        prompts = self.tokenize([example.prompt for example in examples])
-        if self.label_tokens:
-            labels = [[self.label_tokens[example.label]] for example in examples]
-        else:
-            labels = self.tokenize([example.label for example in examples])
-            for number, label in zip(numbers, labels, strict=True):
-                if not label:
-                    raise InputError(f"{records.where(number)}: the label has no tokens")
-                label.append(self.eos_id)
-        for number, prompt in zip(numbers, prompts, strict=True):
-            if not prompt:
-                raise InputError(f"{records.where(number)}: the prompt has no tokens")
-        flat = [i for pair in zip(prompts, labels, strict=True) for ids in pair for i in ids]
-        return Chunk(
-            ids=np.array(flat, dtype=np.int32),
-            prompt_lengths=np.array([len(prompt) for prompt in prompts], dtype=np.int64),
-            label_lengths=np.array([len(label) for label in labels], dtype=np.int64),
-            references=() if self.training else tuple(e.references for e in examples),
-        )
+        rendered = list(render_records(self.task, records, piece, training=self.training))
+        examples: list[Example] = []
+        dropped = 0
+        segment_ids = iter(self.tokenize([s for _, e in rendered for s in e.segments]))
+        for number, texts in rendered:
+            parts = list(islice(segment_ids, len(texts.segments)))
+            try:
+                example = self.join(texts, parts)
+            except InputError as error:
+                raise InputError(f"{records.where(number)}: {error}") from None
+            if not self.training or self.max_length is None or len(example.ids) <= self.max_length:
+                examples.append(example)
+            elif texts.cut:
+                examples += example.cut(self.max_length)
+            else:
+                dropped += 1
+        return make_chunk(examples, dropped, with_answers=not self.training)
 
-    def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; special tokens are neither added nor read out of the text."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return [list(ids) for ids in encoded["input_ids"]]
+    def join(self, texts: Rendered, parts: list[list[int]]) -> Example:
+        """One example of its segments' ids. Raises InputError without a place."""
+        if self.label_tokens:
+            parts[-1] = [self.label_tokens[texts.label]]
+        if not parts[-1]:
+            raise InputError("the label has no tokens")
+        if texts.ends:
+            parts[-1] = [*parts[-1], self.tokenizer.eos_token_id]
+        learnt = [
+            segment.learnt for segment, ids in zip(texts.segments, parts, strict=True) for _ in ids
+        ]
+        ids = [i for part in parts for i in part]
+        if len(parts) == 1:  # text: nothing predicts its first token
+            learnt[0] = False
+        elif learnt[0]:
+            raise InputError("the prompt has no tokens")
+        if len(ids) < 2:
+            raise InputError("the text is one token long, so that there is nothing to predict")
+        return Example(ids, learnt, max(1, len(ids) - len(parts[-1])), texts)
+
+    def tokenize(self, segments: Sequence[Segment]) -> list[list[int]]:
+        """Ids of each segment; special tokens are never added, and read only out of markup."""
+        found: list[list[int]] = [[] for _ in segments]
+        for special in (False, True):
+            places = [i for i, segment in enumerate(segments) if segment.special == special]
+            if not places:
+                continue
+            encoded = self.tokenizer(
+                [segments[i].text for i in places],
+                add_special_tokens=False,
+                split_special_tokens=not special,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+            for i, ids in zip(places, encoded["input_ids"], strict=True):
+                found[i] = list(ids)
+        return found
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some examples in a row, as flat arrays."""
+class Example:
+    """One example's tokens."""
 
-    ids: Ids
-    prompt_lengths: Lengths
-    label_lengths: Lengths
-    references: tuple[tuple[str, ...], ...]
+    ids: list[int]
+    learnt: list[bool]
+    prompt_length: int
+    texts: Rendered
+
+    def cut(self, length: int) -> Iterator[Example]:
+        """Pieces of at most `length` tokens; each begins with the last token of the one before,
+        which is only read there, so that every token is learnt once."""
+        for start in range(0, len(self.ids) - 1, length - 1):
+            learnt = [False, *self.learnt[start + 1 : start + length]]
+            yield Example(self.ids[start : start + length], learnt, 1, self.texts)
+
+
+def make_chunk(examples: Sequence[Example], dropped: int, *, with_answers: bool) -> Chunk:
+    return Chunk(
+        ids=np.array([i for example in examples for i in example.ids], dtype=np.int32),
+        learnt=np.array([i for example in examples for i in example.learnt], dtype=np.bool_),
+        lengths=np.array([len(example.ids) for example in examples], dtype=np.int64),
+        prompt_lengths=np.array([example.prompt_length for example in examples], dtype=np.int64),
+        references=tuple(e.texts.references for e in examples) if with_answers else (),
+        contexts=tuple(e.texts.context for e in examples) if with_answers else (),
+        dropped=dropped,
+    )
 
 
 def render_records(
@@ -150,57 +151,68 @@ def tokenize_records(
     num_workers: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> TokenizedDataset:
-    """The examples of `records`.
+    """The examples of `records`, in memory.
 
-    In training, examples of more than `max_length` tokens are dropped and counted; evaluation
-    keeps every example whole. `limit`: only the first so many records. `progress` gets the number
-    of records done. From 49,152 records on, `num_workers` processes share the work.
+    In training, examples of more than `max_length` tokens are dropped and counted, plain text is
+    cut; evaluation keeps every example whole. `limit`: only the first so many records.
+    `progress` gets the number of records done. From 49,152 records on, `num_workers` processes
+    share the work.
 
     Raises InputError: no records, a record that the task cannot use (with its line), all too
     long, a label word that is not one token, no end-of-text token.
     """
-    label_tokens = find_label_tokens(task, tokenizer)
-    eos_id = tokenizer.eos_token_id
-    if eos_id is None:
+    encoder = make_encoder(task, tokenizer, training=training, max_length=max_length)
+    chunks = list(encode_records(encoder, records, limit, num_workers, progress))
+    return make_dataset(encoder, records.name, chunks)
+
+
+def make_encoder(task: Task, tokenizer: Any, *, training: bool, max_length: int | None) -> Encoder:
+    """Raises InputError: a label word that is not one token, no end-of-text token."""
+    if tokenizer.eos_token_id is None:
         raise InputError(
             f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token, which ends labels; "
             "set its eos_token, or choose another tokenizer"
         )
-    encoder = Encoder(task, tokenizer, eos_id, label_tokens, training)
-    chunks: list[Chunk] = []
-    done = 0
+    return Encoder(task, tokenizer, find_label_tokens(task, tokenizer), training, max_length)
+
+
+def make_dataset(encoder: Encoder, name: str, chunks: Sequence[Chunk]) -> TokenizedDataset:
+    eos, pad = encoder.tokenizer.eos_token_id, encoder.tokenizer.pad_token_id
+    return TokenizedDataset(
+        task=encoder.task,
+        name=name,
+        chunks=chunks,
+        pad_id=eos if pad is None else pad,
+        eos_id=eos,
+        class_ids=tuple(encoder.label_tokens.values()),
+    )
+
+
+def encode_records(
+    encoder: Encoder,
+    records: Records,
+    limit: int | None = None,
+    num_workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Chunk]:
+    """The examples in pieces, in order; `tokenize_records` says which errors."""
+    done = examples = dropped = 0
     for size, chunk in _encode_all(encoder, records, limit, num_workers):
-        chunks.append(chunk)
         done += size
+        examples += len(chunk)
+        dropped += chunk.dropped
         if progress:
             progress(done)
+        yield chunk
     if not done:
         raise InputError(f"{records.name} holds no records")
-    prompt_lengths = np.concatenate([chunk.prompt_lengths for chunk in chunks])
-    lengths = prompt_lengths + np.concatenate([chunk.label_lengths for chunk in chunks])
-    ids = np.concatenate([chunk.ids for chunk in chunks])
-    keep = np.ones(len(lengths), dtype=bool)
-    if training and max_length is not None:
-        keep = lengths <= max_length
-        if not keep.any():
-            raise InputError(
-                f"{records.name}: all {len(lengths)} examples are longer than {max_length} tokens "
-                f"(the shortest has {lengths.min()}); raise max_length"
-            )
-        ids = ids[np.repeat(keep, lengths)]
-    pad_id = tokenizer.pad_token_id
-    return TokenizedDataset(
-        task=task,
-        name=records.name,
-        ids=ids,
-        offsets=np.concatenate([[0], np.cumsum(lengths[keep])]).astype(np.int64),
-        prompt_lengths=prompt_lengths[keep],
-        pad_id=eos_id if pad_id is None else pad_id,
-        eos_id=eos_id,
-        class_ids=tuple(label_tokens.values()),
-        references=tuple(refs for chunk in chunks for refs in chunk.references),
-        dropped=int((~keep).sum()),
-    )
+    if not examples:
+        raise InputError(
+            f"{records.name}: all {dropped} examples are longer than {encoder.max_length} tokens; "
+            "raise max_length"
+            if dropped
+            else f"{records.name} holds no examples"
+        )
 
 
 def find_label_tokens(task: Task, tokenizer: Any) -> dict[str, int]:
@@ -212,15 +224,15 @@ def find_label_tokens(task: Task, tokenizer: Any) -> dict[str, int]:
     """
     if not isinstance(task, ClassificationTask):
         return {}
-    encoder = Encoder(task, tokenizer, -1, {}, False)
+    encoder = Encoder(task, tokenizer, {}, False)
     for spelling in (str, lambda word: " " + word.strip(), str.strip):
-        ids = encoder.tokenize([spelling(word) for word in task.words])
+        ids = encoder.tokenize([Segment(spelling(word)) for word in task.words])
         if all(len(word_ids) == 1 for word_ids in ids):
             tokens = {word: word_ids[0] for word, word_ids in zip(task.words, ids, strict=True)}
             known = tokenizer.unk_token_id not in tokens.values()
             if known and len(set(tokens.values())) == len(tokens):
                 return tokens
-    ids = encoder.tokenize(list(task.words))
+    ids = encoder.tokenize([Segment(word) for word in task.words])
     shown = {
         word: tokenizer.convert_ids_to_tokens(word_ids)
         for word, word_ids in zip(task.words, ids, strict=True)

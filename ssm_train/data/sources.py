@@ -1,31 +1,48 @@
-"""Where a split's records come from (a file, a directory, a generated data set), which task reads
-them, and both in one call: `load_task_data`."""
+"""What the names and paths of a config mean: which source a split has, which task reads it, and
+both in one call: `load_task_data`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ssm_train.data import DataSettings
-from ssm_train.data.examples import TokenizedDataset, render_records, tokenize_records
-from ssm_train.data.records import READERS, Records, read_records
-from ssm_train.data.tasks import TASKS, build_task
+from ssm_train.data.cache import (
+    TokenCache,
+    default_cache_dir,
+    describe_code,
+    describe_files,
+    describe_tokenizer,
+)
+from ssm_train.data.examples import (
+    encode_records,
+    make_dataset,
+    make_encoder,
+    render_records,
+)
+from ssm_train.data.published import Published, download, find_split, read_files
+from ssm_train.data.records import READERS, Records
+from ssm_train.data.tasks import PUBLISHED, TASKS, build_task, guess_task
+from ssm_train.data.tasks.chat import ChatTask, bind_template, template_text
 from ssm_train.data.tasks.quickstart import (
     generate_base,
     generate_quickstart,
     vocabulary_texts,
 )
-from ssm_train.data.tasks.text import Task
+from ssm_train.data.tasks.task import Task
+from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.errors import InputError, near
 
 Generate = Callable[[str], Iterator[dict[str, Any]]]
+Work = Callable[[], None]
 
-DATASETS: dict[str, tuple[str, Generate]] = {
-    "quickstart": ("quickstart", generate_quickstart),
-    "quickstart_base": ("quickstart", generate_base),
+GENERATED: dict[str, tuple[Task, Generate]] = {
+    "quickstart": (TASKS["quickstart"], generate_quickstart),
+    "quickstart_base": (TASKS["quickstart"], generate_base),
 }
 """Name -> its task, and its records by split (train, val, test)."""
 
@@ -36,6 +53,23 @@ SPLITS = {
 }
 """Split -> the names that it has in a directory of files, the first one found."""
 
+PLACES = ("{stem}{suffix}", "{stem}-*{suffix}", "data/{stem}-*{suffix}", "{stem}/*{suffix}")
+"""Where the files of a split are in a directory, or in a repository of the hub."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The records of one split, to be read as often as needed."""
+
+    name: str
+    open: Callable[[], Records]
+    task: Task | None = None
+    """The task that the data brings along."""
+    files: tuple[Path, ...] = ()
+    """What the records are read from; none: they are generated."""
+    recipe: str = ""
+    """What else decides which records these are."""
+
 
 def load_task_data(
     settings: DataSettings,
@@ -44,42 +78,80 @@ def load_task_data(
     *,
     limit: int | None = None,
     progress: Callable[[int], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    once: Callable[[Work], None] = lambda work: work(),
 ) -> TokenizedDataset:
     """The examples of `split`: train (too long ones dropped, see `dropped`), val or test.
 
-    `limit`: only the first so many records. Raises InputError; the place of bad records is named.
+    What is read from files is tokenized once and kept (see cache.py). `limit`: only the first so
+    many records. `progress` gets the number of records done, `say` what a person should read.
+    `once` does work in one process while the others wait. Raises InputError; the place of bad
+    records is named.
     """
     training = split == "train"
     max_length = settings.max_length
     if settings.packing:
         max_length = min(max_length or settings.tokens_per_batch, settings.tokens_per_batch)
-    return tokenize_records(
-        open_split(settings, split),
-        find_task(settings),
-        tokenizer,
-        training=training,
-        max_length=max_length,
-        limit=limit,
-        num_workers=settings.num_data_workers,
-        progress=progress,
+    source, task = find_source(settings, split), find_task(settings)
+    if isinstance(task, ChatTask):
+        task = bind_template(task, tokenizer)
+    encoder = make_encoder(task, tokenizer, training=training, max_length=max_length)
+
+    def chunks() -> Iterator[Any]:
+        workers = settings.num_data_workers
+        return encode_records(encoder, source.open(), limit, workers, progress)
+
+    if not source.files:
+        return make_dataset(encoder, source.name, list(chunks()))
+    root = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
+    cache = TokenCache(
+        root / "tokens",
+        split,
+        {
+            "files": describe_files(source.files),
+            "recipe": source.recipe,
+            "task": repr(task),
+            "tokenizer": describe_tokenizer(tokenizer),
+            "code": describe_code(),
+            "training": training,
+            "max_length": max_length if training else None,
+            "limit": limit,
+        },
     )
+    once(lambda: cache.make(chunks, answers=not training, say=say))
+    return make_dataset(encoder, source.name, cache.read())
 
 
 def find_task(settings: DataSettings) -> Task:
-    """The task that `task:` says, else that of the named data set. Raises InputError."""
+    """The task that `task:` says, else the data's own, else one for the usual field names.
+
+    Raises InputError.
+    """
     if settings.task is not None:
         return build_task(settings.task)
-    name, _ = _split_name(settings.data)
-    if name in DATASETS:
-        return TASKS[DATASETS[name][0]]
+    source = find_source(settings, "train")
+    if source.task is not None:
+        return source.task
+    _, record = next(iter(source.open().rows), (0, {}))
+    if (task := guess_task(record)) is not None:
+        return task
     raise InputError(
         f"task is missing: how do the fields of {settings.data} become prompt and label? "
         f"Give a name ({', '.join(TASKS)}) or a mapping with type, prompt, ... (docs/data.md)"
     )
 
 
-def open_split(settings: DataSettings, split: str) -> Records:
-    """The records of a split, to be read once. Raises InputError when there are none such."""
+def find_chat_template(settings: DataSettings) -> str | None:
+    """The chat template that the config's task brings along."""
+    if not isinstance(settings.task, dict) or settings.task.get("type") != "chat":
+        return None
+    task = build_task(settings.task)
+    assert isinstance(task, ChatTask)
+    return template_text(task.template)
+
+
+def find_source(settings: DataSettings, split: str) -> Source:
+    """Where the records of a split are. Raises InputError when there are none such."""
     assert split in SPLITS, split
     name, key = settings.data, "data"
     if split == "val":
@@ -92,7 +164,31 @@ def open_split(settings: DataSettings, split: str) -> Records:
         raise InputError(
             f"data is the one file {name}, which has no {split!r} split; set val_data (test_data)"
         )
-    return open_records(name, split, key)
+    return resolve_source(name, split, key, settings.data_root)
+
+
+def resolve_source(
+    name: str, split: str, key: str = "data", data_root: str | None = None
+) -> Source:
+    """The source of a data set's name, a directory's split, a file or a hub data set; `key` is the
+    config's."""
+    dataset, size = split_name(name)
+    if dataset in GENERATED:
+        return _generated(name, dataset, split, size)
+    if dataset in PUBLISHED:
+        return _published(name, PUBLISHED[dataset], split, data_root, size)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _of_files(name, (path,))
+    if path.is_dir():
+        return _of_files(name, _files_of_split(path, split))
+    names = [*GENERATED, *PUBLISHED]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix in READERS:
+        hint = near(name, names) or f"; data set names: {', '.join(names)}"
+        raise InputError(f"{key}: {name} is neither a file nor a data set name{hint}")
+    stems = SPLITS.get(split, (split,))
+    patterns = [p.format(stem=s, suffix=x) for p in PLACES for s in stems for x in READERS]
+    return _of_files(name, _files_of_split(download(name, patterns, name), split))
 
 
 def has_split(settings: DataSettings, split: str) -> bool:
@@ -103,27 +199,10 @@ def has_split(settings: DataSettings, split: str) -> bool:
     if {"val": settings.val_data, "test": settings.test_data}.get(split) is not None:
         return True
     try:
-        open_split(settings, split)
+        find_source(settings, split)
     except InputError:
         return split == "train"
     return True
-
-
-def open_records(name: str, split: str, key: str = "data") -> Records:
-    """Records of a data set name, a directory's split or a file; `key` is the config's."""
-    dataset, size = _split_name(name)
-    if dataset in DATASETS:
-        if split not in SPLITS:
-            raise InputError(f"{name} has no split {split!r}; known: {', '.join(SPLITS)}")
-        rows = enumerate(DATASETS[dataset][1](split), start=1)
-        return Records(f"{name} ({split})", islice(rows, size if split == "train" else None))
-    path = Path(name)
-    if path.is_dir():
-        return read_records(_file_of_split(path, split))
-    if not path.exists():
-        hint = near(name, DATASETS) or f"; data set names: {', '.join(DATASETS)}"
-        raise InputError(f"{key}: {name} is neither a file nor a data set name{hint}")
-    return read_records(path)
 
 
 def check_data(settings: DataSettings, splits: tuple[str, ...] = ("train", "val")) -> Task:
@@ -131,7 +210,7 @@ def check_data(settings: DataSettings, splits: tuple[str, ...] = ("train", "val"
     of each split. Raises InputError; returns the task."""
     task = find_task(settings)
     for split in splits:
-        records = open_split(settings, split)
+        records = find_source(settings, split).open()
         first = next(iter(records.rows), None)
         if first is None:
             raise InputError(f"{records.name} holds no records")
@@ -140,29 +219,57 @@ def check_data(settings: DataSettings, splits: tuple[str, ...] = ("train", "val"
 
 
 def training_texts(settings: DataSettings) -> Iterator[str]:
-    """What a new tokenizer is built from: prompts and labels of the training records."""
-    if _split_name(settings.data)[0] in DATASETS:
+    """What a new tokenizer is built from: the texts of the training records."""
+    if split_name(settings.data)[0] in GENERATED:
         yield from vocabulary_texts()
-    task, records = find_task(settings), open_split(settings, "train")
+    task, records = find_task(settings), find_source(settings, "train").open()
     for _, example in render_records(task, records, records.rows, training=True):
-        yield example.prompt
-        yield example.label
+        yield from (segment.text for segment in example.segments)
 
 
-def _split_name(name: str) -> tuple[str, int | None]:
-    """`quickstart_300` is the first 300 training records of `quickstart`."""
+def split_name(name: str) -> tuple[str, int | None]:
+    """`glue-tvt_rte_300` is 300 examples of `glue-tvt_rte`."""
+    known: Mapping[str, Any] = GENERATED | PUBLISHED
     match = re.fullmatch(r"(.+)_([1-9]\d*)", name)
-    if match and match[1] in DATASETS:
+    if match and match[1] in known:
         return match[1], int(match[2])
     return name, None
 
 
-def _file_of_split(directory: Path, split: str) -> Path:
+def _generated(name: str, dataset: str, split: str, size: int | None) -> Source:
+    if split not in SPLITS:
+        raise InputError(f"{name} has no split {split!r}; known: {', '.join(SPLITS)}")
+    task, generate = GENERATED[dataset]
+    where = f"{name} ({split})"
+
+    def records() -> Records:
+        rows = enumerate(generate(split), start=1)
+        return Records(where, islice(rows, size if split == "train" else None))
+
+    return Source(where, records, task)
+
+
+def _published(
+    name: str, published: Published, split: str, data_root: str | None, size: int | None
+) -> Source:
+    if size is not None:  # N training examples, a tenth as many for validation, all for the test
+        size = {"train": size, "val": max(1, size // 10)}.get(split)
+    found = find_split(published, name, split, data_root, size)
+    recipe = f"{name} {split} {found.folder.resolve()}"
+    return Source(f"{name} ({split})", found.open, published.task, found.files, recipe)
+
+
+def _of_files(name: str, files: tuple[Path, ...]) -> Source:
+    return Source(name, lambda: read_files(files), None, files)
+
+
+def _files_of_split(directory: Path, split: str) -> tuple[Path, ...]:
     stems = SPLITS.get(split, (split,))
     for stem in stems:
-        for suffix in READERS:
-            if (path := directory / f"{stem}{suffix}").is_file():
-                return path
+        for place in PLACES:
+            for suffix in READERS:
+                if found := sorted(directory.glob(place.format(stem=stem, suffix=suffix))):
+                    return tuple(found)
     raise InputError(
         f"{directory} has no {split!r} file; expected {' or '.join(stems)} with one of "
         f"{' '.join(READERS)}"

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from ssm_train.adapters.base import Batch, LossSum
+from ssm_train.data.tasks.text import ClassificationTask, GenerationTask
 from ssm_train.errors import InputError
 from ssm_train.evaluate import (
     EvalSettings,
@@ -28,6 +29,10 @@ from ssm_train.generate import create_decoder, generate_text
 from ssm_train.scores import OUT_OF_CLASS
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, 24))]
+SIDES = ClassificationTask(
+    prompt="{x}", label_field="y", labels={0: "w7", 1: "w9"}, metrics=["accuracy", "f1"]
+)
+ANSWERS = GenerationTask(prompt="{x}", label="{y}", metrics=["exact_match", "bleu"])
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [4, 4, 20, 21], [16, 17, 18], [3, 22]]
 
 
@@ -332,7 +337,7 @@ def test_classification_counts_every_example_once(table, tokenizer, world_size):
         mine = sorted(mine, key=lambda i: -i)  # batches come in any order
         batches = [right_padded([CLASSIFIED[i]], [i]) for i in mine]
         return evaluate_classification(
-            copy.deepcopy(table), batches, table_logits, [7, 9], ["accuracy", "f1"], gather
+            copy.deepcopy(table), batches, table_logits, [7, 9], SIDES.words, SIDES.score, gather
         )
 
     for values, choices in on_ranks(world_size, rank_part):
@@ -360,7 +365,7 @@ def test_packed_documents_keep_their_own_example(table):
         example_ids=(5, 3),
     )
     _, choices = evaluate_classification(
-        table, [packed], table_logits, [7, 9], ["accuracy"], lambda rows: rows
+        table, [packed], table_logits, [7, 9], SIDES.words, SIDES.score, lambda rows: rows
     )
     assert [(c.example, c.target, c.prediction) for c in choices] == [(3, 1, 1), (5, 0, 0)]
 
@@ -384,7 +389,8 @@ def test_generation_over_ranks(model, tokenizer, tmp_path, world_size):
             tokenizer,
             PROMPTS,
             references,
-            ["exact_match", "bleu"],
+            [""] * len(references),
+            ANSWERS.score,
             gather,
             rank=rank,
             world_size=world_size,

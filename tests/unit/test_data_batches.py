@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ssm_train.data.batches import batches_by_length, collate, count_up, pack
-from ssm_train.data.examples import TokenizedDataset
 from ssm_train.data.tasks import build_task
+from ssm_train.data.tokens import Chunk, TokenizedDataset
 
 TASK = build_task({"type": "generation", "prompt": "{a}", "label": "{b}"})
 PAD = EOS = 0  # the same id, as in many tokenizers; and prompts hold it too
@@ -15,15 +15,14 @@ PARTS = [([5, 0, 6], [7, EOS]), ([8], [9, 9, 9, EOS]), ([0, 0], [EOS]), ([3, 4, 
 
 def dataset(parts=PARTS) -> TokenizedDataset:
     whole = [prompt + label for prompt, label in parts]
-    return TokenizedDataset(
-        task=TASK,
-        name="x",
+    learnt = [[False] * len(prompt) + [True] * len(label) for prompt, label in parts]
+    chunk = Chunk(
         ids=np.array(sum(whole, []), dtype=np.int32),
-        offsets=np.cumsum([0, *map(len, whole)]),
+        learnt=np.array(sum(learnt, [])),
+        lengths=np.array([len(ids) for ids in whole]),
         prompt_lengths=np.array([len(prompt) for prompt, _ in parts]),
-        pad_id=PAD,
-        eos_id=EOS,
     )
+    return TokenizedDataset(TASK, "x", [chunk], pad_id=PAD, eos_id=EOS)
 
 
 def supervised(batch) -> list[tuple[int, int, int]]:

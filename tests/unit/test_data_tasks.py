@@ -30,7 +30,9 @@ TRIPLES = {"type": "generation", "prompt": "{tripleset} =>", "label": " {annotat
 @pytest.mark.parametrize("value", [1, "1", 1.0])
 def test_classification(value):
     (example,) = build_task(SENTIMENT).render({"sentence": "fine", "label": value}, training=True)
-    assert example == ("sentence : fine sentiment :", "positive", ("positive",))
+    assert (example.prompt, example.label) == ("sentence : fine sentiment :", "positive")
+    assert [segment.learnt for segment in example.segments] == [False, True]
+    assert not example.ends  # a class is one token, without an end
 
 
 def test_classes_may_be_true_and_false():
@@ -43,7 +45,8 @@ def test_lists_are_linearised_and_the_first_reference_is_learnt():
     record = {"tripleset": [["A", "IS", "B"], ["B", "HAS", 3]], "annotations": ["one", "two "]}
     for training in (True, False):
         (example,) = build_task(TRIPLES).render(record, training=training)
-        assert example == ("A : IS : B | B : HAS : 3 =>", " one", ("one", "two"))
+        assert (example.prompt, example.label) == ("A : IS : B | B : HAS : 3 =>", " one")
+        assert example.references == ("one", "two") and example.ends
 
 
 def test_each_reference_can_be_learnt():
@@ -51,13 +54,34 @@ def test_each_reference_can_be_learnt():
     record = {"tripleset": ["A", "B"], "annotations": ["one", "two"]}
     assert [e.label for e in task.render(record, training=True)] == [" one", " two"]
     (example,) = task.render(record, training=False)
-    assert example == ("A : B =>", " one", ("one", "two"))
+    assert (example.label, example.references) == (" one", ("one", "two"))
 
 
 def test_braces_and_numbers_in_templates():
     task = build_task({"type": "generation", "prompt": "{{{n}}} {f}", "label": "{f} {n}"})
     (example,) = task.render({"n": 2.5, "f": False, "other": None}, training=True)
-    assert example[:2] == ("{2.5} false", "false 2.5")
+    assert (example.prompt, example.label) == ("{2.5} false", "false 2.5")
+
+
+def test_a_prompt_may_have_parts():
+    spec = TRIPLES | {"prompt": ["say this : ", "{tripleset}", " => "]}
+    record = {"tripleset": ["A", "B"], "annotations": ["one"]}
+    (example,) = build_task(spec).render(record, training=True)
+    assert [segment.text for segment in example.segments] == [
+        "say this : ",
+        "A : B",
+        " => ",
+        " one",
+    ]
+    with pytest.raises(InputError, match=r"has no \{field\}"):
+        build_task(spec | {"prompt": ["a", "b"]})
+
+
+def test_a_prediction_that_is_no_class_is_wrong():
+    task = build_task(SENTIMENT | {"metrics": ["accuracy", "f1"]})
+    right = [["positive"], ["positive"], ["negative"], ["negative"]]
+    values = task.score(["positive", "", "negative", "good"], right, [""] * 4)
+    assert values == {"accuracy": 0.5, "f1": 2 / 3, "out_of_cls": 0.5}
 
 
 def test_every_named_task_renders_its_fields():
@@ -76,7 +100,7 @@ def test_every_named_task_renders_its_fields():
     ("spec", "message"),
     [
         ("sst3", "task: unknown name 'sst3'; did you mean 'sst2'?"),
-        ({}, "task.type is None; expected classification or generation"),
+        ({}, "task.type is None; expected classification, generation, chat, text"),
         ({"type": "regression"}, "task.type is 'regression'"),
         (SENTIMENT | {"lables": {}}, "task: unknown key 'lables'; did you mean 'labels'"),
         (SENTIMENT | {"labels": {0: "x"}}, "task.labels"),

@@ -7,13 +7,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ssm_train.data.published import Published
+from ssm_train.data.tasks.chat import ChatTask
+from ssm_train.data.tasks.corpus import CorpusTask
 from ssm_train.data.tasks.dart import DART
 from ssm_train.data.tasks.quickstart import QUICKSTART
-from ssm_train.data.tasks.text import ClassificationTask, GenerationTask, Task
+from ssm_train.data.tasks.task import Record, Task
+from ssm_train.data.tasks.text import ClassificationTask, GenerationTask
 from ssm_train.errors import InputError, near
 
 SST2 = ClassificationTask(
-    type="classification",
     prompt="review : {sentence} \nfeeling :",
     label_field="label",
     labels={0: " negative", 1: " positive"},
@@ -26,10 +29,18 @@ TASKS: dict[str, Task] = {
     "sst2": SST2,
 }
 
-TYPES: dict[str, type[ClassificationTask] | type[GenerationTask]] = {
+PUBLISHED: dict[str, Published] = {}
+"""Published data sets by the name that a config gives them."""
+
+Written = ClassificationTask | GenerationTask | ChatTask | CorpusTask
+
+TYPES: dict[str, type[Written]] = {
     "classification": ClassificationTask,
     "generation": GenerationTask,
+    "chat": ChatTask,
+    "text": CorpusTask,
 }
+"""`type` of a task that a config writes out -> its schema."""
 
 
 def build_task(spec: str | Mapping[str, Any]) -> Task:
@@ -43,14 +54,29 @@ def build_task(spec: str | Mapping[str, Any]) -> Task:
         return TASKS[spec]
     kind = spec.get("type")
     if kind not in TYPES:
-        raise InputError(f"task.type is {kind!r}; expected {' or '.join(TYPES)}")
+        raise InputError(f"task.type is {kind!r}; expected {', '.join(TYPES)}")
     try:
         return TYPES[kind].model_validate(dict(spec))
     except ValidationError as error:
         raise InputError(_explain(error, TYPES[kind])) from None
 
 
-def _explain(error: ValidationError, schema: type[ClassificationTask | GenerationTask]) -> str:
+def guess_task(record: Record) -> Task | None:
+    """The task of a record in one of the usual shapes: messages, prompt and completion, text.
+
+    None where the fields say nothing.
+    """
+    for field in ("messages", "conversations"):
+        if isinstance(record.get(field), list):
+            return ChatTask(field=field)
+    if {"prompt", "completion"} <= set(record):
+        if isinstance(record["prompt"], list):
+            return ChatTask()
+        return GenerationTask(prompt="{prompt}", label="{completion}")
+    return CorpusTask() if isinstance(record.get("text"), str) else None
+
+
+def _explain(error: ValidationError, schema: type[Written]) -> str:
     """The first violation in one line."""
     first = error.errors()[0]
     key = str(first["loc"][0])

@@ -4,30 +4,20 @@ generation with one or more references."""
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from ssm_train.data.records import json_type
+from ssm_train.data.tasks.task import Record, Rendered, ask
 from ssm_train.errors import InputError, near
+from ssm_train.scores import OUT_OF_CLASS, compute_metrics
 from ssm_train.settings import Settings
 
 CLASSIFICATION_METRICS = ("accuracy", "f1", "mcc")
-GENERATION_METRICS = ("exact_match", "bleu", "rouge1", "rouge2", "rougeL")
-
-Record = Mapping[str, Any]
-
-
-class Rendered(NamedTuple):
-    """The texts of one example."""
-
-    prompt: str
-    label: str
-    """Text to be learnt; for classification the label word."""
-    references: tuple[str, ...]
-    """Every right answer, without spaces around it; for generation metrics."""
+GENERATION_METRICS = ("exact_match", "bleu", "meteor", "rouge1", "rouge2", "rougeL")
 
 
 @lru_cache
@@ -91,13 +81,18 @@ def _plain(field: str, value: Any) -> str:
     )
 
 
-def _check_template(template: str) -> str:
-    if not any(field for _, field in parse_template(template)):
+def _check_template(template: str | list[str]) -> str | list[str]:
+    parts = _parts(template)
+    if not any(field for part in parts for _, field in parse_template(part)):
         raise ValueError("has no {field}")
     return template
 
 
-def _known_metrics(names: list[str], known: tuple[str, ...]) -> list[str]:
+def _parts(template: str | list[str]) -> tuple[str, ...]:
+    return (template,) if isinstance(template, str) else tuple(template)
+
+
+def check_metrics(names: list[str], known: tuple[str, ...]) -> list[str]:
     for name in names:
         if name not in known:
             raise ValueError(f"unknown metric {name!r}; known: {', '.join(known)}")
@@ -107,9 +102,9 @@ def _known_metrics(names: list[str], known: tuple[str, ...]) -> list[str]:
 class ClassificationTask(Settings):
     """The label is one token, chosen among the label words."""
 
-    type: Literal["classification"]
-    prompt: str
-    """Template of the text before the label."""
+    type: Literal["classification"] = "classification"
+    prompt: str | list[str]
+    """Template of the text before the label, or several that are tokenized one by one."""
     label_field: str
     """Field that holds the class."""
     labels: dict[str | int | bool, str] = Field(min_length=2)
@@ -129,7 +124,7 @@ class ClassificationTask(Settings):
     @field_validator("metrics")
     @classmethod
     def _check_metrics(cls, names: list[str]) -> list[str]:
-        return _known_metrics(names, CLASSIFICATION_METRICS)
+        return check_metrics(names, CLASSIFICATION_METRICS)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -147,7 +142,24 @@ class ClassificationTask(Settings):
         if word is None:
             known = ", ".join(map(repr, self.labels))
             raise InputError(f"label {value!r} in field {self.label_field!r}; known: {known}")
-        return [Rendered(fill(self.prompt, record), word, (word.strip(),))]
+        prompt = [fill(part, record) for part in _parts(self.prompt)]
+        return [ask(prompt, word, (word,))._replace(ends=False)]
+
+    def score(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        contexts: Sequence[str],
+    ) -> dict[str, float]:
+        """The task's metrics, and `out_of_cls`: the share of predictions that are no label word.
+
+        Those count as wrong. `references`: the right word of each example, as a list of one.
+        """
+        classes = {word: number for number, word in enumerate(self.words)}
+        chosen = [classes.get(word, OUT_OF_CLASS) for word in predictions]
+        right = [classes[words[0]] for words in references]
+        values = compute_metrics(self.metrics, chosen, right, num_classes=len(classes))
+        return values | {"out_of_cls": chosen.count(OUT_OF_CLASS) / len(chosen)}
 
 
 def _label_key(value: Any) -> str:
@@ -160,22 +172,22 @@ def _label_key(value: Any) -> str:
 class GenerationTask(Settings):
     """The label is text, ended by the end-of-text token."""
 
-    type: Literal["generation"]
-    prompt: str
-    """Template of the text before the label."""
+    type: Literal["generation"] = "generation"
+    prompt: str | list[str]
+    """Template of the text before the label, or several that are tokenized one by one."""
     label: str
     """Template of the text to learn. A field that is a list holds several references."""
     references: Literal["first", "each"] = "first"
     """Learn the first reference of a record, or each as an example of its own."""
     metrics: list[str] = Field(default=["bleu", "rougeL", "exact_match"], min_length=1)
-    """Of exact_match, bleu, rouge1, rouge2, rougeL; the first one chooses the best checkpoint."""
+    """Of exact_match, bleu, meteor, rouge1, rouge2, rougeL; the first one chooses the best checkpoint."""
 
     _check_templates = field_validator("prompt", "label")(_check_template)
 
     @field_validator("metrics")
     @classmethod
     def _check_metrics(cls, names: list[str]) -> list[str]:
-        return _known_metrics(names, GENERATION_METRICS)
+        return check_metrics(names, GENERATION_METRICS)
 
     def render(self, record: Record, *, training: bool) -> list[Rendered]:
         """One example, or one a reference (`references: each`, in training).
@@ -195,10 +207,16 @@ class GenerationTask(Settings):
             labels = [fill(self.label, record)]
         if not labels or not all(label.strip() for label in labels):
             raise InputError(f"the label {self.label!r} is empty")
-        prompt = fill(self.prompt, record)
+        prompt = [fill(part, record) for part in _parts(self.prompt)]
         references = tuple(label.strip() for label in labels)
         learnt = labels if training and self.references == "each" else labels[:1]
-        return [Rendered(prompt, label, references) for label in learnt]
+        return [ask(prompt, label, references) for label in learnt]
 
-
-Task = ClassificationTask | GenerationTask
+    def score(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        contexts: Sequence[str],
+    ) -> dict[str, float]:
+        """The task's metrics over all examples. `contexts`: what `render` gave with each."""
+        return compute_metrics(self.metrics, predictions, references)
