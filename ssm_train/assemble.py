@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,12 +13,11 @@ import torch
 
 from ssm_train import distributed
 from ssm_train.adapters import registry
-from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, Prepared
+from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, PeftMethod, Prepared
 from ssm_train.adapters.loading import save_model
 from ssm_train.bases import base_run
 from ssm_train.config import RunConfig, load_config
 from ssm_train.data.batches import collate, pack
-from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.data.order import Order, PackedOrder, accumulation_for, build_order
 from ssm_train.data.sources import (
     find_chat_template,
@@ -26,6 +26,7 @@ from ssm_train.data.sources import (
     training_texts,
 )
 from ssm_train.data.tasks.task import Task
+from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.errors import InputError, near
 from ssm_train.evaluate import Evaluation
@@ -55,7 +56,7 @@ def keep_new_base(cfg: RunConfig, run_dir: Path) -> Path:
     """Rank 0. An adapter on a new model is worth nothing without that model's random weights:
     makes them again from the seed, and writes them."""
     distributed.seed_everything(cfg.seed)
-    _, prepared, _ = prepare_model(cfg, None, "cpu", frozen=True)
+    prepared = prepare_model(cfg, None, "cpu", frozen=True).prepared
     with replace_directory(run_dir / NEW_BASE) as directory:
         save_model(prepared.model, directory)
         prepared.tokenizer.save_pretrained(directory)
@@ -114,10 +115,20 @@ def find_splits(cfg: RunConfig) -> tuple[str, ...]:
     return ("train", "val", "test") if has_split(cfg, "test") else ("train", "val")
 
 
-def prepare_model(
-    cfg: RunConfig, model: str | None, device: str, *, frozen: bool
-) -> tuple[ModelAdapter, Prepared, str]:
-    """The adapter, the model with its tokenizer, and why this adapter.
+@dataclass
+class Subject:
+    """A model that is to be trained, and what knows it."""
+
+    adapter: ModelAdapter
+    prepared: Prepared
+    reason: str
+    """Why this adapter, for the log."""
+    method: PeftMethod | None = None
+    """What was injected, once it was."""
+
+
+def prepare_model(cfg: RunConfig, model: str | None, device: str, *, frozen: bool) -> Subject:
+    """The model with its tokenizer, and its adapter.
 
     `frozen`: the weights stay as they are and are stored in `prec`; else they train, in fp32.
     """
@@ -143,7 +154,7 @@ def prepare_model(
         prepared = adapter.prepare(spec)
     if template := find_chat_template(cfg):
         prepared.tokenizer.chat_template = template  # saved with it
-    return adapter, prepared, reason
+    return Subject(adapter, prepared, reason)
 
 
 def load_examples(cfg: RunConfig, tokenizer: Any, split: str) -> TokenizedDataset:

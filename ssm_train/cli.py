@@ -146,6 +146,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="PNG file (default: metrics.png in the first RUN_DIR)"
     )
 
+    report_ = add(
+        "report",
+        report,
+        "Compare runs in one table. Prints a row a run, the best first, and writes the table as\n"
+        "text and CSV, and a PNG of the main metrics.",
+        "ssm-train report output/benchmark --out compare",
+    )
+    report_.add_argument(
+        "directories", nargs="+", type=Path, metavar="DIR", help="a run, or a directory above runs"
+    )
+    report_.add_argument(
+        "--out", type=Path, help="files without their ends (default: report in the first DIR)"
+    )
+
     doctor_ = add(
         "doctor",
         doctor,
@@ -272,6 +286,14 @@ def plot(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or arguments.run_dirs[0] / "metrics.png"
     print(plot_metrics([existing(d, marker="metrics.jsonl") for d in arguments.run_dirs], out))
+    return DONE
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from ssm_train.report import find_runs, report_runs
+
+    out = arguments.out or arguments.directories[0] / "report"
+    print(report_runs(find_runs(arguments.directories), out))
     return DONE
 
 

@@ -27,8 +27,11 @@ from ssm_train.strict_yaml import Document, dump, parse_value, read_document
 
 GLUE_TASKS = ("rte", "cola", "mrpc", "sst2", "qnli", "qqp", "mnli", "wnli")
 
-# The run that a bare PEFT JSON configures, as `train.py --cfg cfg/peft/lora/x.json` always did.
+# The runs that a bare PEFT JSON configures, as `train.py --cfg cfg/peft/lora/x.json` always did:
+# Mamba's, or GLA's where the targets are modules of GLA.
 MAMBA_RUN = {"model": "state-spaces/mamba-130m", "data": "glue-tvt_cola"}
+GLA_RUN = {"model": "fla-hub/gla-1.3B-100B", "data": "glue-tvt_cola"}
+GLA_MODULES = r"\b(attn|mlp|[qkvog]_proj|gk_proj)\b"
 
 
 class PeftOverrides(Settings):
@@ -92,8 +95,8 @@ class RunConfig(
     """Name of the run and of its directory; null: the config file's stem."""
     output_root: str = "output/benchmark"
     """Directory of all runs; its default is the variable SSM_TRAIN_OUTPUT."""
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """auto (a GPU when there is one), cpu, cuda, cuda:1, ..."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|\d+)$")
+    """auto (a GPU when there is one), cpu, cuda, cuda:1 or just 1, ..."""
     debug: bool = False
     """Train on the first 8 examples, evaluate on the first 2, one epoch."""
     resume: bool = False
@@ -158,12 +161,12 @@ def load_config(
     """Reads a run config and lays `key=value` texts and HP_* variables over it.
 
     `environment` is usually `os.environ`; None: no variables. A `.json` file with `peft_type` is
-    a PEFT config, used in the default Mamba run. Raises InputError with one line per problem.
+    a PEFT config, used in the default run of its family. Raises InputError with one line per problem.
     """
     path = Path(path)
     document = read_document(path)
     if path.suffix.lower() == ".json" and "peft_type" in document.values:
-        document = Document("default Mamba run", {**MAMBA_RUN, "peft": str(path)}, {})
+        document = default_run(document, path)
     values: dict[Any, Any] = _json_keys_to_numbers(document.values)
     provenance: Provenance = {str(key): document.where((key,)) for key in values}
     environment = environment or {}
@@ -196,6 +199,13 @@ def load_config(
     for key in RunConfig.model_fields:
         provenance.setdefault(key, "default")
     return cfg, provenance
+
+
+def default_run(peft: Document, path: Path) -> Document:
+    """The run of a PEFT JSON that is given as a config."""
+    gla = re.search(GLA_MODULES, str(peft.values.get("target_modules")))
+    name, run = ("GLA", GLA_RUN) if gla else ("Mamba", MAMBA_RUN)
+    return Document(f"default {name} run", {**run, "peft": str(path)}, {})
 
 
 def contradictions(cfg: RunConfig) -> Iterator[tuple[str, str]]:

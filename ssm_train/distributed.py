@@ -130,7 +130,7 @@ def seed_everything(seed: int) -> None:
 
 def select_device(device: str) -> torch.device | None:
     """Makes "cuda:1" the current GPU and returns it; None when `device` names no index."""
-    kind, _, index = device.partition(":")
+    kind, index = device_kind(device)
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device: {device!r} asked for, but torch sees no GPU; use device: cpu")
     if not index:
@@ -146,7 +146,13 @@ def select_device(device: str) -> torch.device | None:
             f"use one of cuda:0 to cuda:{count - 1}"
         )
     torch.cuda.set_device(int(index))
-    return torch.device(device)
+    return torch.device("cuda", int(index))
+
+
+def device_kind(device: str) -> tuple[str, str]:
+    """Kind and index: of "cuda:1" and "1" cuda and 1, of "cpu" cpu and nothing."""
+    kind, _, index = device.partition(":")
+    return ("cuda", kind) if kind.isdigit() else (kind, index)
 
 
 def launched_processes() -> int:
@@ -188,7 +194,7 @@ def check_accelerator(accelerator: Any, device: str) -> None:
             f"{launched} processes were launched but Accelerate runs {accelerator.num_processes}; "
             "on CPU start with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
         )
-    kind = device.partition(":")[0]
+    kind, _ = device_kind(device)
     if kind != "auto" and accelerator.device.type != kind:
         raise InputError(
             f"device: {device!r} asked for, but Accelerate chose {str(accelerator.device)!r}; "

@@ -41,13 +41,15 @@ def open_run(
     if cfg.peft is None and checkpoint == "best":
         exported = exported_weights(run_dir, "model")
         cfg = cfg.model_copy(update={"new_model": None, "tokenizer": None})
-        return cfg, *prepare_model(cfg, str(exported), place, frozen=True)[:2], None
+        subject = prepare_model(cfg, str(exported), place, frozen=True)
+        return cfg, subject.adapter, subject.prepared, None
     if isinstance(cfg.tokenizer, dict):  # was built from the training data
         cfg = cfg.model_copy(update={"tokenizer": str(run_dir / "tokenizer")})
     base = base_id(cfg, run_dir)
     if cfg.model is not None:
         check_base(run_dir, str(base))
-    adapter, prepared, _ = prepare_model(cfg, base, place, frozen=cfg.peft is not None)
+    subject = prepare_model(cfg, base, place, frozen=cfg.peft is not None)
+    adapter, prepared = subject.adapter, subject.prepared
     if checkpoint == "best":
         from ssm_train.peft.export import load_adapter
 

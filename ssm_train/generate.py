@@ -24,10 +24,11 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 class GenerationOptions(Settings):
-    """How to decode; names and meanings of transformers' `GenerationConfig`."""
+    """How to decode; names and meanings of transformers' `GenerationConfig`, but for
+    `max_length`, which has always been the answer's here."""
 
     max_length: int | None = Field(default=None, ge=1)
-    """Most tokens of prompt and answer together."""
+    """Most tokens of the answer, like `max_new_tokens`: the prompt does not count."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Most tokens of the answer; None, and no `max_length`: 128."""
     min_length: int = Field(default=0, ge=0)
@@ -52,6 +53,12 @@ class GenerationOptions(Settings):
     """Draw from this many likeliest tokens; 0: all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the likeliest tokens of this total probability."""
+    mode: str | None = None
+    """Kept for old configs: how logits are computed changes no answer."""
+
+    @property
+    def most_new_tokens(self) -> int:
+        return self.max_new_tokens or self.max_length or DEFAULT_NEW_TOKENS
 
 
 def read_options(options: Mapping[str, Any]) -> GenerationOptions:
@@ -62,6 +69,9 @@ def read_options(options: Mapping[str, Any]) -> GenerationOptions:
             raise InputError(
                 f"eval_gen: unknown key {key!r}{near(key, known)} (known: {', '.join(known)})"
             )
+    drawing = [key for key in ("temperature", "top_k", "top_p") if key in options]
+    if drawing and not {"do_sample", "num_beams"} & set(options):
+        options = {**options, "do_sample": options.get("top_k") != 1}  # one token: the likeliest
     try:
         read = GenerationOptions(**options)
     except ValidationError as error:
@@ -70,13 +80,11 @@ def read_options(options: Mapping[str, Any]) -> GenerationOptions:
         raise InputError(f"eval_gen: {key}: {options[key]!r}: {first['msg']}") from None
     if read.max_length is not None and read.max_new_tokens is not None:
         raise InputError(
-            f"eval_gen: max_length {read.max_length} (prompt and answer) and max_new_tokens "
-            f"{read.max_new_tokens} (answer) exclude each other; give one"
+            f"eval_gen: max_length {read.max_length} and max_new_tokens {read.max_new_tokens} both "
+            "limit the answer; give one"
         )
-    if read.max_length is not None and read.min_length > read.max_length:
-        raise InputError(
-            f"eval_gen: min_length {read.min_length} is more than max_length {read.max_length}"
-        )
+    if drawing and not read.do_sample and read.top_k != 1:
+        raise InputError(f"eval_gen: {drawing[0]} has no effect without do_sample: true")
     return read
 
 
@@ -91,16 +99,10 @@ class Decoder:
     autocast: Autocast
 
     def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        """InputError for a prompt that is empty or leaves no room below `max_length`."""
-        limit = self.options.max_length
+        """InputError for an empty prompt."""
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise InputError(f"prompt {i} is empty; give at least one token")
-            if limit is not None and len(prompt) >= limit:
-                raise InputError(
-                    f"eval_gen: prompt {i} has {len(prompt)} tokens and max_length is {limit}, "
-                    "prompt included; raise max_length or give max_new_tokens"
-                )
 
     def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Answers in the order of `prompts`, without end-of-text and what follows it."""
@@ -116,51 +118,40 @@ class Decoder:
     def batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Indices of prompts of similar lengths, longest first.
 
-        transformers counts total lengths with the padding. Greedy answers can be cut afterwards;
-        where the count changes the search itself, a batch has prompts of one length only.
+        `min_length` counts the prompt, and transformers the padding too: with it, a batch has
+        prompts of one length only.
         """
-        options = self.options
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        one_length = options.min_length or (options.max_length and options.num_beams > 1)
-        groups = groupby(order, key=lambda i: len(prompts[i]) if one_length else 0)
+        groups = groupby(order, key=lambda i: len(prompts[i]) if self.options.min_length else 0)
         for _, group in groups:
             members = list(group)
             for start in range(0, len(members), self.batch_size):
                 yield members[start : start + self.batch_size]
 
     def decode_batch(self, model: nn.Module, prompts: list[Sequence[int]]) -> list[list[int]]:
-        lengths = [len(prompt) for prompt in prompts]
         device = next(model.parameters()).device
         ids, mask = pad_left(prompts, self.pad_token_id)
         generated = unwrap(model).generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            generation_config=self.configure(lengths),
+            generation_config=self.configure(len(prompts[0])),
         )
         answers = generated[:, ids.shape[1] :].tolist()
-        return [
-            cut(answer, self.eos_token_id, self.most_new_tokens(length))
-            for answer, length in zip(answers, lengths, strict=True)
-        ]
+        return [cut(answer, self.eos_token_id) for answer in answers]
 
-    def most_new_tokens(self, prompt_length: int) -> int:
-        if self.options.max_length is not None:
-            return self.options.max_length - prompt_length
-        return self.options.max_new_tokens or DEFAULT_NEW_TOKENS
-
-    def configure(self, lengths: Sequence[int]) -> Any:
+    def configure(self, prompt_length: int) -> Any:
         """transformers' configuration of one batch; explicit, so that the model's own is not."""
         from transformers import GenerationConfig
 
         options = self.options
-        fewest = max(options.min_new_tokens, options.min_length - min(lengths))
+        fewest = max(options.min_new_tokens, options.min_length - prompt_length)
         sampling = (
             {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
             if options.do_sample
             else {}
         )
         return GenerationConfig(
-            max_new_tokens=self.most_new_tokens(min(lengths)),
+            max_new_tokens=options.most_new_tokens,
             min_new_tokens=fewest if fewest > 0 else None,
             num_beams=options.num_beams,
             length_penalty=options.length_penalty,
@@ -214,8 +205,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor
     return ids, mask
 
 
-def cut(answer: list[int], eos: int, most: int) -> list[int]:
-    answer = answer[:most]
+def cut(answer: list[int], eos: int) -> list[int]:
     return answer[: answer.index(eos)] if eos in answer else answer
 
 

@@ -12,6 +12,9 @@ from torch import nn
 
 from ssm_train.settings import Settings
 
+POLYNOMIAL_END = 1e-7  # learning rate at the end of a polynomial decay
+INVERSE_SQRT_STEPS = 10_000  # time scale of inverse_sqrt without warm-up
+
 
 class OptimSettings(Settings):
     """Optimizer and schedule; names and defaults of the Hugging Face Trainer."""
@@ -30,8 +33,16 @@ class OptimSettings(Settings):
     """Decay of the running mean of the squared gradient."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
     """Added to the denominator of the update."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Shape after warm-up; linear and cosine end at zero."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+        "constant",
+        "constant_with_warmup",
+    ] = "linear"
+    """Shape after warm-up, as in transformers with its defaults; linear and cosine end at zero."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up; wins over `warmup_ratio`."""
     warmup_ratio: float = Field(default=0.0, ge=0, le=1)
@@ -41,18 +52,29 @@ class OptimSettings(Settings):
 def lr_at(step: int, total_steps: int, settings: OptimSettings) -> float:
     """Learning rate of optimizer step `step` (0-based) of `total_steps`: a pure function.
 
-    Linear warm-up to `learning_rate`, then linear or cosine decay that would reach zero at
-    `total_steps`, or constant. Equal to the Hugging Face schedules of the same names.
+    Linear warm-up to `learning_rate`, then the shape of `lr_scheduler_type`. Equal to the Hugging
+    Face schedules of the same names with their defaults (one cycle; power 1 down to 1e-7).
     """
     warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total_steps)
-    kind = settings.lr_scheduler_type
-    if kind != "constant" and step < warmup:
-        return settings.learning_rate * step / max(1, warmup)
-    if kind in ("constant", "constant_with_warmup"):
-        return settings.learning_rate
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    shape = 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return settings.learning_rate * max(0.0, shape)
+    peak, kind = settings.learning_rate, settings.lr_scheduler_type
+    if kind == "constant":
+        return peak
+    if step < warmup:
+        return peak * step / max(1, warmup)
+    left = max(0.0, 1 - (step - warmup) / max(1, total_steps - warmup))
+    match kind:
+        case "linear":
+            return peak * left
+        case "cosine" | "cosine_with_restarts":
+            return peak * 0.5 * (1 + math.cos(math.pi * (1 - left)))
+        case "polynomial":
+            end = min(peak, POLYNOMIAL_END)
+            return end + (peak - end) * left
+        case "inverse_sqrt":
+            timescale = warmup or INVERSE_SQRT_STEPS
+            return peak / math.sqrt((step - warmup + timescale) / timescale)
+        case "constant_with_warmup":
+            return peak
 
 
 def decays(name: str, parameter: torch.Tensor, no_decay: Iterable[str]) -> bool:

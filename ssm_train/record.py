@@ -20,6 +20,7 @@ from typing import Any
 from ssm_train.errors import InputError
 
 MARKER = "cfg.yaml"
+RESULT = "result.json"  # how the run ended; summary.py writes it
 PACKAGES = [
     "ssm_train", "torch", "triton", "transformers", "peft", "accelerate", "datasets",
     "safetensors", "tokenizers", "numpy", "flash-linear-attention", "mamba-ssm", "causal-conv1d",
@@ -61,7 +62,10 @@ def check_run_directory(run_dir: Path, *, overwrite: bool, resume: bool) -> None
 
 
 def create_run_directory(run_dir: Path, config_yaml: str, *, overwrite: bool) -> None:
-    """Rank 0. Makes the directory with its marker; with `overwrite` an old run is removed first."""
+    """Rank 0. Makes the directory with its marker; with `overwrite` an old run is removed first.
+
+    Of a run that goes on, the end that it had before is no longer its end.
+    """
     if overwrite and (run_dir / MARKER).exists():
         if run_dir.is_symlink():
             raise InputError(
@@ -69,6 +73,7 @@ def create_run_directory(run_dir: Path, config_yaml: str, *, overwrite: bool) ->
             )
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / RESULT).unlink(missing_ok=True)
     (run_dir / MARKER).write_text(config_yaml, encoding="utf-8")
     (run_dir / "environment.json").write_text(
         json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8"

@@ -1,20 +1,21 @@
-"""What a person takes away from a run: the exported weights, a plot, and half a page of numbers."""
+"""What a person takes away from a run: the exported weights, a plot, half a page of numbers, and
+the same numbers as `result.json`."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from torch import nn
-
 from ssm_train.adapters.base import PeftMethod, Prepared
 from ssm_train.adapters.loading import save_model
+from ssm_train.checkpoint import write_atomically
 from ssm_train.evaluate import Row
 from ssm_train.loop import Outcome
 from ssm_train.plot import plot_metrics
-from ssm_train.record import replace_directory
+from ssm_train.record import RESULT, replace_directory
 
 
 @dataclass
@@ -28,10 +29,18 @@ class Result:
     before: dict[str, float]  # metrics before the first step, with eval_at_start
     after: dict[str, float]  # metrics of the exported weights
     best_step: int | None  # the step they are from: the best one that a checkpoint kept
+    trainable: int  # parameters
+    parameters: int  # all of them, the adapter's included
+    seconds: float  # of training with its evaluations, by this process
     test: dict[str, float] = field(default_factory=dict)  # of the exported weights
     rates: list[float] = field(default_factory=list)  # tokens/s of the log intervals
     rows: list[Row] = field(default_factory=list)  # predictions, on test where there is one
     exported: Path | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The median, so that a first slow interval does not count."""
+        return median(self.rates) if self.rates else None
 
 
 def export_weights(
@@ -66,11 +75,28 @@ def export_weights(
     return path
 
 
-def print_summary(result: Result, model: nn.Module, say: Any) -> None:
+def write_result(result: Result) -> None:
+    """Rank 0. Writes `result.json`; what is not finite becomes null."""
+    values = {
+        "outcome": result.outcome,
+        "steps": result.steps,
+        "main_metric": result.main_metric,
+        "best_step": result.best_step,
+        "metrics": result.after,
+        "before": result.before,
+        "test": result.test,
+        "trainable": result.trainable,
+        "parameters": result.parameters,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+    }
+    finite = json.loads(json.dumps(values), parse_constant=lambda _: None)
+    write_atomically(result.run_dir / RESULT, json.dumps(finite, indent=2) + "\n")
+
+
+def print_summary(result: Result, say: Any) -> None:
     """Rank 0. The run in about fifteen lines, by `say(line)`; draws `metrics.png`."""
     run_dir, name = result.run_dir, result.main_metric
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
     endings = {
         "finished": f"finished after {result.steps} steps",
         "stopped": f"stopped and saved after {result.steps} steps; go on with --resume"
@@ -88,11 +114,10 @@ def print_summary(result: Result, model: nn.Module, say: Any) -> None:
         rows.append((f"{name} after", f"{result.after[name]:.4g} (step {result.best_step})"))
     if result.test:
         rows.append((f"{name} on test", f"{result.test[name]:.4g}"))
-    rows.append(
-        ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
-    )
-    if result.rates:
-        rows.append(("tokens/s", f"{median(result.rates):,.0f} (median, no padding counted)"))
+    share = f"({result.trainable / result.parameters:.2%})"
+    rows.append(("trainable", f"{result.trainable:,} of {result.parameters:,} parameters {share}"))
+    if (rate := result.tokens_per_second) is not None:
+        rows.append(("tokens/s", f"{rate:,.0f} (median, no padding counted)"))
     if result.rows:
         row = result.rows[0]
         rows += [
@@ -102,7 +127,7 @@ def print_summary(result: Result, model: nn.Module, say: Any) -> None:
         ]
     if (run_dir / "metrics.jsonl").stat().st_size:
         rows.append(("plot", str(plot_metrics([run_dir], run_dir / "metrics.png"))))
-    rows.append(("record", f"{run_dir}/cfg.yaml, environment.json, metrics.jsonl"))
+    rows.append(("record", f"{run_dir}/cfg.yaml, environment.json, metrics.jsonl, {RESULT}"))
     if result.exported:
         rows += [
             (result.exported.name, str(result.exported)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -15,7 +16,7 @@ from pathlib import Path
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch
 from ssm_train.assemble import (
-    LOSSES,
+    Subject,
     base_id,
     build_evaluation,
     check_same_run,
@@ -37,20 +38,20 @@ from ssm_train.bases import (
     record_base,
 )
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
-from ssm_train.data.examples import TokenizedDataset
 from ssm_train.data.sources import check_data
+from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.errors import InputError
 from ssm_train.lock import own
 from ssm_train.loop import Training, TrainState, plan_schedule, train
-from ssm_train.metrics import Progress, check_trackers
+from ssm_train.metrics import LOSSES, Progress, check_trackers
 from ssm_train.optim import build_optimizer
-from ssm_train.peft.coverage import measure_coverage
+from ssm_train.peft.coverage import count_parameters, measure_coverage
 from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.spec import load_peft
 from ssm_train.record import check_run_directory, create_run_directory
 from ssm_train.resume import RunCheckpoints, find_resume_point
 from ssm_train.runlog import RunLog
-from ssm_train.summary import Result, export_weights, print_summary
+from ssm_train.summary import Result, export_weights, print_summary, write_result
 
 
 def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> Result:
@@ -67,8 +68,10 @@ def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> 
         return run_in(run_dir, cfg, provenance)
 
 
-def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Result:
-    """`run`, once the directory is ours."""
+def run_in(
+    run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str], given: Subject | None = None
+) -> Result:
+    """`run`, once the directory is ours; with a model that the caller made, if one is `given`."""
     check_run_directory(run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
     check_trackers(cfg.trackers)
     splits = find_splits(cfg)
@@ -84,7 +87,8 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
     base = base_id(cfg, run_dir)
     if cfg.resume and cfg.model is not None:
         check_base(run_dir, str(base))
-    adapter, prepared, reason = prepare_model(cfg, base, str(device), frozen=peft is not None)
+    subject = given or prepare_model(cfg, base, str(device), frozen=peft is not None)
+    adapter, prepared = subject.adapter, subject.prepared
     data = {split: load_examples(cfg, prepared.tokenizer, split) for split in splits}
     found, notes = find_resume_point(run_dir) if cfg.resume else (None, [])
     order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)
@@ -92,9 +96,11 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
     def micro_batches(step: int) -> list[Batch]:
         return make_batches(data["train"], order, cfg, step)
 
-    method = peft.make() if peft else None
-    if method:
+    method = subject.method
+    if peft and not given:
+        method = peft.make()
         method.inject(prepared)
+    if method:
         method.calibrate(prepared, micro_batches(0), adapter.token_losses)
     bare = prepared.model
     autocast = partial(distributed.autocast, cfg.prec, device)
@@ -137,7 +143,7 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
         for line in [
             f"run {run_dir}",
             *(f"  {line}" for line in describe_overrides(cfg, provenance)),
-            f"model {reason}",
+            f"model {subject.reason}",
             f"kernels {', '.join(f'{op}: {name}' for op, name in prepared.kernels.items())}",
             str(measure_coverage(bare)) if method else "full fine-tuning",
             describe_data(data, schedule.total_steps, schedule.steps_per_epoch),
@@ -157,6 +163,7 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
             log.evaluated(step, split, values, rows)
             return values
 
+        began = time.perf_counter()
         if val and cfg.eval_at_start and not state.step:
             evaluate(0)
         outcome = train(
@@ -186,8 +193,10 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
         test = (
             evaluate(after_step or state.step, "test") if complete and "test" in evaluations else {}
         )
+        seconds = time.perf_counter() - began
     result = Result(
-        outcome, run_dir, state.step, main_metric, log.before, after, after_step, test,
+        outcome, run_dir, state.step, main_metric, log.before, after, after_step,
+        *count_parameters(bare), seconds, test,
         log.rates, log.rows.get("test") or log.rows.get("val", []),
     )  # fmt: skip
     if distributed.is_main():  # rank 0
@@ -195,7 +204,8 @@ def run_in(run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str]) -> Resu
             result.exported = export_weights(
                 run_dir, prepared, method, base_id=base, revision=cfg.revision
             )
-        print_summary(result, bare, bar.say)
+        write_result(result)
+        print_summary(result, bar.say)
     distributed.barrier()
     return result
 

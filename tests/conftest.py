@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported

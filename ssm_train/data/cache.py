@@ -67,12 +67,12 @@ class TokenCache:
                 time.sleep(ANOTHER_LOOK_SECONDS)
             except OSError as error:
                 raise InputError(
-                    f"cache_dir: {self.directory} cannot be written: {error.strerror or error}; set "
-                    "cache_dir (SSM_TRAIN_CACHE) to another directory"
+                    f"cache_dir: {self.directory} cannot be written: {error.strerror or error}; "
+                    "set cache_dir (SSM_TRAIN_CACHE) to another directory"
                 ) from None
 
     def is_whole(self, say: Callable[[str], None]) -> bool:
-        """Whether every byte is as it was written; says what is wrong with examples that are not."""
+        """Whether every byte is as it was written; says what is wrong where it is not."""
         if not self.directory.exists():
             return False
         try:

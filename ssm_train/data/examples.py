@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ssm_train.data.records import Numbered, Records
+from ssm_train.data.records import Placed, Records
 from ssm_train.data.tasks.task import Rendered, Segment, Task
 from ssm_train.data.tasks.text import ClassificationTask
 from ssm_train.data.tokens import Chunk, TokenizedDataset
@@ -38,18 +38,18 @@ class Encoder:
     max_length: int | None = None
     """In training, longer examples are dropped or cut; evaluation keeps every example whole."""
 
-    def encode(self, piece: Sequence[Numbered], records: Records) -> Chunk:
+    def encode(self, piece: Sequence[Placed]) -> Chunk:
         """Raises InputError with the place of the record that cannot be used."""
-        rendered = list(render_records(self.task, records, piece, training=self.training))
+        rendered = list(render_records(self.task, piece, training=self.training))
         examples: list[Example] = []
         dropped = 0
         segment_ids = iter(self.tokenize([s for _, e in rendered for s in e.segments]))
-        for number, texts in rendered:
+        for place, texts in rendered:
             parts = list(islice(segment_ids, len(texts.segments)))
             try:
                 example = self.join(texts, parts)
             except InputError as error:
-                raise InputError(f"{records.where(number)}: {error}") from None
+                raise InputError(f"{place}: {error}") from None
             if not self.training or self.max_length is None or len(example.ids) <= self.max_length:
                 examples.append(example)
             elif texts.cut:
@@ -128,16 +128,16 @@ def make_chunk(examples: Sequence[Example], dropped: int, *, with_answers: bool)
 
 
 def render_records(
-    task: Task, records: Records, rows: Iterable[Numbered], *, training: bool
-) -> Iterator[tuple[int, Rendered]]:
-    """(record number, texts) of each example. Raises InputError with the record's place."""
-    for number, record in rows:
+    task: Task, rows: Iterable[Placed], *, training: bool
+) -> Iterator[tuple[str, Rendered]]:
+    """(place of the record, texts) of each example. Raises InputError with the record's place."""
+    for place, record in rows:
         try:
             examples = task.render(record, training=training)
         except InputError as error:
-            raise InputError(f"{records.where(number)}: {error}") from None
+            raise InputError(f"{place}: {error}") from None
         for example in examples:
-            yield number, example
+            yield place, example
 
 
 def tokenize_records(
@@ -219,19 +219,22 @@ def find_label_tokens(task: Task, tokenizer: Any) -> dict[str, int]:
     """Label word -> token, for classification; else nothing.
 
     Tokenizers differ in whether a word brings its space: the words are tried as written, then
-    with a space before them, then without. Raises InputError when no way makes each word one
-    token of its own.
+    with a space before them, then without. Tokens that are white space and stand before every
+    word do not count (Llama's "▁" before a digit). Raises InputError when no way makes each word
+    one token of its own.
     """
     if not isinstance(task, ClassificationTask):
         return {}
     encoder = Encoder(task, tokenizer, {}, False)
     for spelling in (str, lambda word: " " + word.strip(), str.strip):
         ids = encoder.tokenize([Segment(spelling(word)) for word in task.words])
-        if all(len(word_ids) == 1 for word_ids in ids):
-            tokens = {word: word_ids[0] for word, word_ids in zip(task.words, ids, strict=True)}
-            known = tokenizer.unk_token_id not in tokens.values()
-            if known and len(set(tokens.values())) == len(tokens):
-                return tokens
+        starts = {tuple(word_ids[:-1]) for word_ids in ids}
+        if len(starts) > 1 or not all(ids) or tokenizer.decode(list(starts.pop())).strip():
+            continue
+        tokens = {word: word_ids[-1] for word, word_ids in zip(task.words, ids, strict=True)}
+        known = tokenizer.unk_token_id not in tokens.values()
+        if known and len(set(tokens.values())) == len(tokens):
+            return tokens
     ids = encoder.tokenize([Segment(word) for word in task.words])
     shown = {
         word: tokenizer.convert_ids_to_tokens(word_ids)
@@ -249,18 +252,15 @@ def _encode_all(
     encoder: Encoder, records: Records, limit: int | None, num_workers: int
 ) -> Iterator[tuple[int, Chunk]]:
     """(records, their examples) in order: the first ones here, the rest in processes."""
-    pieces = _cut(islice(records.rows, limit))
+    pieces = _cut(islice(records.placed(), limit))
     for piece in islice(pieces, PARALLEL_FROM_RECORDS // CHUNK_RECORDS if num_workers else None):
-        yield len(piece), encoder.encode(piece, records)
+        yield len(piece), encoder.encode(piece)
     first = next(pieces, None)
     if first is None:
         return
-    source = Records(records.name, (), records.by_line)
     workers = min(num_workers, os.cpu_count() or 1)
     # Spawned, not forked: this process has threads, and may hold a GPU.
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), _start_worker, (encoder, source)
-    ) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder,)) as pool:
         waiting: deque[tuple[int, Future[Chunk]]] = deque()
         while first is not None or waiting:
             while first is not None and len(waiting) < 2 * workers:
@@ -270,22 +270,21 @@ def _encode_all(
             yield size, future.result()
 
 
-def _cut(rows: Iterable[Numbered]) -> Iterator[list[Numbered]]:
+def _cut(rows: Iterable[Placed]) -> Iterator[list[Placed]]:
     rows = iter(rows)
     while piece := list(islice(rows, CHUNK_RECORDS)):
         yield piece
 
 
-_worker: tuple[Encoder, Records] | None = None  # set once in each tokenizing process
+_encoder: Encoder | None = None  # set once in each tokenizing process
 
 
-def _start_worker(encoder: Encoder, records: Records) -> None:
-    global _worker
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process already has its core
-    _worker = encoder, records
+    _encoder = encoder
 
 
-def _encode_in_worker(piece: list[Numbered]) -> Chunk:
-    assert _worker is not None
-    encoder, records = _worker
-    return encoder.encode(piece, records)
+def _encode_in_worker(piece: list[Placed]) -> Chunk:
+    assert _encoder is not None
+    return _encoder.encode(piece)

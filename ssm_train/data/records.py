@@ -8,11 +8,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ssm_train.errors import InputError
 
 Numbered = tuple[int, dict[str, Any]]
+Placed = tuple[str, dict[str, Any]]
+"""A record and what an error message calls its place."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Records:
     rows: Iterable[Numbered]
     by_line: bool = False
     """Whether the numbers are lines of a file; else they count records from 1."""
+
+    def placed(self) -> Iterator[Placed]:
+        """The rows with their places."""
+        for number, record in self.rows:
+            yield self.where(number), record
 
     def where(self, number: int) -> str:
         return f"{self.name}:{number}" if self.by_line else f"{self.name}, record {number}"
@@ -44,16 +52,27 @@ def read_records(path: Path) -> Records:
             f"{path}: unknown format {path.suffix!r}; known: {' '.join(sorted(READERS))}"
         )
     reader, by_line = READERS[path.suffix]
-    return Records(str(path), _readable(path, reader), by_line)
+    return Records(str(path), readable(path, reader), by_line)
 
 
-def _readable(path: Path, reader: Callable[[Path], Iterator[Numbered]]) -> Iterator[Numbered]:
+def readable(path: Path, reader: Callable[[Path], Iterator[T]]) -> Iterator[T]:
+    """What the reader yields. Raises InputError for a file that cannot be read or is not UTF-8."""
     try:
         yield from reader(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason}; convert it") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises InputError as `readable` does."""
+
+    def reader(path: Path) -> Iterator[str]:
+        with path.open(encoding="utf-8-sig") as lines:
+            yield from (line.strip() for line in lines if line.strip())
+
+    return list(readable(path, reader))
 
 
 def _read_jsonl(path: Path) -> Iterator[Numbered]:
@@ -127,7 +146,7 @@ def _read_parquet(path: Path) -> Iterator[Numbered]:
     try:
         number = 0
         with parquet.ParquetFile(path) as table:
-            for part in table.iter_batches():
+            for part in table.iter_batches(batch_size=1_024):  # a record may be an image
                 for record in part.to_pylist():
                     number += 1
                     yield number, record

@@ -28,11 +28,13 @@ from ssm_train.data.published import Published, download, find_split, read_files
 from ssm_train.data.records import READERS, Records
 from ssm_train.data.tasks import PUBLISHED, TASKS, build_task, guess_task
 from ssm_train.data.tasks.chat import ChatTask, bind_template, template_text
+from ssm_train.data.tasks.corpus import CorpusTask
 from ssm_train.data.tasks.quickstart import (
     generate_base,
     generate_quickstart,
     vocabulary_texts,
 )
+from ssm_train.data.tasks.random_tokens import check_split, random_chunk
 from ssm_train.data.tasks.task import Task
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.errors import InputError, near
@@ -69,6 +71,8 @@ class Source:
     """What the records are read from; none: they are generated."""
     recipe: str = ""
     """What else decides which records these are."""
+    random_length: int | None = None
+    """Random tokens instead of records: so many an example."""
 
 
 def load_task_data(
@@ -96,6 +100,9 @@ def load_task_data(
     if isinstance(task, ChatTask):
         task = bind_template(task, tokenizer)
     encoder = make_encoder(task, tokenizer, training=training, max_length=max_length)
+    if source.random_length:
+        chunk = random_chunk(source.random_length, split, tokenizer)
+        return make_dataset(encoder, source.name, [chunk])
 
     def chunks() -> Iterator[Any]:
         workers = settings.num_data_workers
@@ -175,6 +182,8 @@ def resolve_source(
     dataset, size = split_name(name)
     if dataset in GENERATED:
         return _generated(name, dataset, split, size)
+    if match := re.fullmatch(r"random_([1-9]\d*)", name):
+        return _random(name, int(match[1]), split)
     if dataset in PUBLISHED:
         return _published(name, PUBLISHED[dataset], split, data_root, size)
     path = Path(name).expanduser()
@@ -182,7 +191,7 @@ def resolve_source(
         return _of_files(name, (path,))
     if path.is_dir():
         return _of_files(name, _files_of_split(path, split))
-    names = [*GENERATED, *PUBLISHED]
+    names = [*GENERATED, *PUBLISHED, "random_<length>"]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix in READERS:
         hint = near(name, names) or f"; data set names: {', '.join(names)}"
         raise InputError(f"{key}: {name} is neither a file nor a data set name{hint}")
@@ -210,11 +219,14 @@ def check_data(settings: DataSettings, splits: tuple[str, ...] = ("train", "val"
     of each split. Raises InputError; returns the task."""
     task = find_task(settings)
     for split in splits:
-        records = find_source(settings, split).open()
-        first = next(iter(records.rows), None)
+        source = find_source(settings, split)
+        if source.random_length:
+            continue
+        records = source.open()
+        first = next(records.placed(), None)
         if first is None:
             raise InputError(f"{records.name} holds no records")
-        next(render_records(task, records, [first], training=split == "train"))
+        next(render_records(task, [first], training=split == "train"))
     return task
 
 
@@ -223,7 +235,7 @@ def training_texts(settings: DataSettings) -> Iterator[str]:
     if split_name(settings.data)[0] in GENERATED:
         yield from vocabulary_texts()
     task, records = find_task(settings), find_source(settings, "train").open()
-    for _, example in render_records(task, records, records.rows, training=True):
+    for _, example in render_records(task, records.placed(), training=True):
         yield from (segment.text for segment in example.segments)
 
 
@@ -247,6 +259,15 @@ def _generated(name: str, dataset: str, split: str, size: int | None) -> Source:
         return Records(where, islice(rows, size if split == "train" else None))
 
     return Source(where, records, task)
+
+
+def _random(name: str, length: int, split: str) -> Source:
+    check_split(length, split)
+
+    def refuse() -> Records:
+        raise InputError(f"data: {name} has ids but no texts; set `tokenizer:` to an existing one")
+
+    return Source(f"{name} ({split})", refuse, CorpusTask(), random_length=length)
 
 
 def _published(

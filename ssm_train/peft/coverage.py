@@ -44,7 +44,7 @@ def measure_coverage(model: nn.Module) -> Coverage:
         isinstance(module, nn.Linear) and module is not head and not name.startswith(inside)
         for name, module in model.named_modules()
     )
-    sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
+    trainable, parameters = count_parameters(model)
     patterns = Counter(
         re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model.")) for name in layers
     )
@@ -52,10 +52,16 @@ def measure_coverage(model: nn.Module) -> Coverage:
         ranks=tuple(sorted({r for layer in layers.values() for r in layer.r.values()})),
         adapted=len(layers),
         linear_layers=len(layers) + untouched,
-        trainable=sum(size for size, trains in sizes if trains),
-        parameters=sum(size for size, _ in sizes),
+        trainable=trainable,
+        parameters=parameters,
         patterns=dict(patterns),
     )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(those that train, all). Sharded parameters count in full."""
+    sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
 def count_text(count: int) -> str:

@@ -101,12 +101,18 @@ def test_greedy_in_batches_equals_full_forwards_one_by_one(model, tokenizer, bat
     ids=str,
 )
 def test_batches_equal_transformers_one_by_one(model, tokenizer, num_beams, options):
-    expected = [answer_of_transformers(model, p, num_beams=num_beams, **options) for p in PROMPTS]
+    """`max_length` counts the answer here, and prompt and answer in transformers."""
+    expected = []
+    for prompt in PROMPTS:
+        theirs = dict(options)
+        if "max_length" in theirs:
+            theirs["max_length"] += len(prompt)
+        expected.append(answer_of_transformers(model, prompt, num_beams=num_beams, **theirs))
     decoder = create_decoder(tokenizer, num_beams=num_beams, **options)
     assert decoder(model, PROMPTS) == expected
     if "max_length" in options:
         totals = [len(p) + len(a) for p, a in zip(PROMPTS, expected, strict=True)]
-        assert max(totals) == options["max_length"]
+        assert max(map(len, expected)) == options["max_length"]
         assert (min(totals) >= 9) == ("min_length" in options)
     if "min_length" in options:
         free = {k: v for k, v in options.items() if k != "min_length"}
@@ -170,6 +176,16 @@ def test_mode_gradients_and_terminal_are_left_alone(model, tokenizer, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_old_sampling_options_mean_what_they_did(model, tokenizer):
+    """Without beams, top_k or top_p asked for sampling; the one likeliest token is greedy."""
+    greedy = create_decoder(tokenizer, max_new_tokens=8)(model, PROMPTS)
+    one = create_decoder(tokenizer, max_new_tokens=8, top_k=1, mode="parallel")
+    assert not one.options.do_sample and one(model, PROMPTS) == greedy
+    drawn = create_decoder(tokenizer, max_new_tokens=8, top_k=20, temperature=5.0)
+    torch.manual_seed(0)
+    assert drawn.options.do_sample and drawn(model, PROMPTS) != greedy
+
+
 def test_generate_text(model, tokenizer):
     answers = generate_text(model, tokenizer, ["w5 w6 w7", "w8"], max_new_tokens=5)
     expected = [greedy_by_full_forwards(model, p, 5) for p in PROMPTS[:2]]
@@ -183,7 +199,8 @@ def test_generate_text(model, tokenizer):
         ({"num_beams": 0}, ["num_beams", "0"]),
         ({"num_beams": "4"}, ["num_beams", "'4'"]),
         ({"max_length": 9, "max_new_tokens": 4}, ["max_length 9", "max_new_tokens 4"]),
-        ({"max_length": 9, "min_length": 12}, ["min_length 12", "max_length 9"]),
+        ({"top_k": 5, "num_beams": 2}, ["top_k has no effect without do_sample"]),
+        ({"temperature": 0.5, "do_sample": False}, ["temperature has no effect"]),
     ],
     ids=str,
 )
@@ -197,8 +214,6 @@ def test_bad_options(tokenizer, options, words):
 
 
 def test_bad_prompts(model, tokenizer):
-    with pytest.raises(InputError, match="prompt 1 has 7 tokens and max_length is 7"):
-        create_decoder(tokenizer, max_length=7)(model, [[5], PROMPTS[2]])
     with pytest.raises(InputError, match="prompt 0 is empty"):
         create_decoder(tokenizer)(model, [[]])
     without = copy.deepcopy(tokenizer)

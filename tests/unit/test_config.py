@@ -1,11 +1,13 @@
 """Run configs: layers, where each value came from, round trips, run directories."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ssm_train.config import (
+    DIRECTORIES,
     ENVIRONMENT,
     PeftOverrides,
     RunConfig,
@@ -231,6 +233,36 @@ def test_peft_json_is_the_peft_of_the_default_mamba_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("targets", "family"),
+    [
+        (["attn.q_proj", "attn.k_proj"], "gla"),
+        (["gk_proj.1"], "gla"),
+        (["layers.3.mlp.gate_proj"], "gla"),
+        (["in_proj", "x_proj"], "mamba"),
+        (["dt_proj", "out_proj"], "mamba"),
+        ("all-linear", "mamba"),
+        (None, "mamba"),
+    ],
+)
+def test_the_default_run_follows_the_targets(tmp_path: Path, targets: Any, family: str) -> None:
+    peft = {"peft_type": "LORA", "r": 8, "target_modules": targets}
+    cfg, provenance = load_config(write(tmp_path, json.dumps(peft), "lora.json"))
+    assert cfg.model is not None and family in cfg.model and cfg.data == "glue-tvt_cola"
+    assert "default" in provenance["model"] and family in provenance["model"].lower()
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "0", "3"])
+def test_devices(tmp_path: Path, device: str) -> None:
+    assert load(tmp_path, command_line={"device": device})[0].device == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "-1", "0,1", "cpu:0"])
+def test_what_is_no_device(tmp_path: Path, device: str) -> None:
+    with pytest.raises(InputError, match="device is .*expected auto"):
+        load(tmp_path, command_line={"device": device})
+
+
+@pytest.mark.parametrize(
     ("data", "name"),
     [
         ("glue-tvt_cola", "glue-tvt_cola_seed42"),
@@ -244,12 +276,13 @@ def test_run_directory_is_named_after_the_data(tmp_path: Path, data: str, name: 
     assert run_directory(cfg, "run.yaml") == tmp_path / name / "run"
 
 
-def test_output_root_variable_is_a_default(tmp_path: Path) -> None:
-    variables = {"SSM_TRAIN_OUTPUT": "elsewhere"}
+@pytest.mark.parametrize(("variable", "key"), DIRECTORIES.items())
+def test_directories_of_this_machine_are_defaults(tmp_path: Path, variable: str, key: str) -> None:
+    variables = {variable: "elsewhere"}
     cfg, provenance = load(tmp_path, environment=variables)
-    assert (cfg.output_root, provenance["output_root"]) == ("elsewhere", "SSM_TRAIN_OUTPUT")
-    cfg, _ = load(tmp_path, "output_root: here\n", environment=variables)
-    assert cfg.output_root == "here"
+    assert (getattr(cfg, key), provenance[key]) == ("elsewhere", variable)
+    cfg, _ = load(tmp_path, f"{key}: here\n", environment=variables)
+    assert getattr(cfg, key) == "here"
 
 
 def test_a_link_does_not_lead_out_of_the_output_root(tmp_path: Path) -> None:

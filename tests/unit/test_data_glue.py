@@ -223,7 +223,10 @@ def test_a_file_in_another_encoding(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"label": -1}, "parquet, record 1: label -1; known: entailment, not_entailment, 0, 1 (-1"),
+        (
+            {"label": -1},
+            "parquet, record 1: label -1; known: entailment, not_entailment, 0, 1 (-1:",
+        ),
         ({"label": 2}, "record 1: label 2; known"),
         ({"sentence1": None}, "field 'sentence1' is or holds null"),
         ({"sentence2": ...}, "record 1: no field 'sentence2'; it has 'sentence1', 'label'"),

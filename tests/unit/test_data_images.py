@@ -10,9 +10,10 @@ import random
 import struct
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 from pyarrow import parquet
 
@@ -25,7 +26,6 @@ from ssm_train.errors import InputError
 Labelled = list[tuple[Image.Image, int]]
 
 SHAPES = {"cifar-tvt": ("RGB", 32, 4), "mnist": ("L", 28, 0)}  # mode, side, edge that is left out
-FIELDS = {"cifar-tvt": "img", "mnist": "image"}
 
 
 def draw(name: str, count: int, seed: int = 0) -> Labelled:
@@ -46,9 +46,11 @@ def png(image: Image.Image) -> bytes:
 
 
 def write_parquet(path: Path, images: Labelled, field: str) -> None:
+    """As the hub's files are written, by the library that writes them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{field: {"bytes": png(image), "path": "x.png"}, "label": n} for image, n in images]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    features = Features({field: datasets.Image(), "label": ClassLabel(num_classes=10)})
+    columns = {field: [image for image, _ in images], "label": [n for _, n in images]}
+    Dataset.from_dict(columns, features=features).to_parquet(path)
 
 
 def write_cifar(path: Path, images: Labelled) -> None:
@@ -92,7 +94,7 @@ def read(name: str, split: str, root: Path) -> list[tuple[str, str]]:
     task = DATASETS[name].task
     records = find_split(DATASETS[name], name, split, str(root), None).open()
     found = []
-    for _, example in render_records(task, records, records.rows, training=split == "train"):
+    for _, example in render_records(task, records.placed(), training=split == "train"):
         prefix, pixels, cue, label = (segment.text for segment in example.segments)
         assert pixels[0] == " " and prefix[-1] == cue[-1] == ":" and not example.ends
         found.append((pixels[1:], label))
@@ -204,7 +206,7 @@ def test_images_are_decoded_one_by_one_when_they_are_rendered(tmp_path):
     published = DATASETS["cifar-tvt"]
     records = find_split(published, "cifar-tvt", "train", str(tmp_path), None).open()
     with pytest.raises(InputError, match=r"/train/\d/\d+.png, record 1: not a readable PNG"):
-        list(render_records(published.task, records, records.rows, training=True))
+        list(render_records(published.task, records.placed(), training=True))
 
     write_cifar(tmp_path / "cifar/test_batch.bin", images[:3])
     with (tmp_path / "cifar/test_batch.bin").open("ab") as file:

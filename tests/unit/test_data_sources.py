@@ -130,3 +130,53 @@ def test_an_empty_file(folder):
 def test_records_can_be_listed():
     records = find_source(DataSettings(data="quickstart"), "val").open()
     assert records.where(3) == "quickstart (val), record 3"
+
+
+def test_random_data_has_the_length_of_its_name():
+    tokenizer = build_tokenizer(["a b c d e f"], {"type": "word"})
+    settings = DataSettings(data="random_12")
+    assert check_data(settings).type == "text" and not has_split(settings, "test")
+    data = load_task_data(settings, tokenizer, "train")
+    assert set(data.lengths.tolist()) == {12} and len(data) == 1024
+    assert data.learnt(3).tolist() == [False] * 11 + [True]
+    special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    assert not special & set(data.chunks[0].ids.tolist())
+    with pytest.raises(InputError, match="random_12 has ids but no texts; set `tokenizer:`"):
+        next(training_texts(settings))
+    with pytest.raises(InputError, match="random_1: an example has at least 2 tokens"):
+        check_data(DataSettings(data="random_1"))
+
+
+def test_a_hub_data_set_is_read_from_the_cache_like_a_directory(folder, monkeypatch):
+    asked = {}
+
+    def download(repository, patterns, name):
+        asked["patterns"] = patterns
+        return folder
+
+    monkeypatch.setattr("ssm_train.data.sources.download", download)
+    (folder / "data").mkdir()
+    for number in range(2):
+        row = {"prompt": f"{number}", "completion": " x"}
+        (folder / "data" / f"train-0000{number}-of-00002.jsonl").write_text(json.dumps(row))
+    (folder / "train.jsonl").unlink()
+    records = find_source(DataSettings(data="owner/name"), "train").open()
+    assert [record["prompt"] for _, record in records.rows] == ["0", "1"]
+    assert "data/train-*.parquet" in asked["patterns"] and "train.jsonl" in asked["patterns"]
+
+
+def test_the_hub_out_of_reach_is_one_line():
+    with pytest.raises(InputError) as caught:
+        check_data(DataSettings(data="nobody/nothing", task=TASK))
+    assert str(caught.value).startswith("data: nobody/nothing: the hub's nobody/nothing cannot be")
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_records_of_several_files_are_named_by_their_own(tmp_path):
+    for number, rows in enumerate([[{"a": "x", "b": "y"}] * 2, [{"a": "x", "b": "y"}, {"a": "x"}]]):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"train-{number}.jsonl").write_text(lines)
+    settings = DataSettings(data=str(tmp_path), task=TASK)
+    tokenizer = build_tokenizer(["x y =>"], {"type": "word"})
+    with pytest.raises(InputError, match=r"train-1.jsonl:2: no field 'b'"):
+        load_task_data(settings, tokenizer, "train")

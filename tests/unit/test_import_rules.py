@@ -22,8 +22,11 @@ CONCRETE_ADAPTERS = {
 }
 
 
-# The composition root and its neighbours: bases, from a config to its parts, a run loaded again.
-COMPOSITION = tuple(f"ssm_train.{name}" for name in ("train", "bases", "assemble", "finished"))
+# The composition root and its neighbours: bases, from a config to its parts, a run loaded again,
+# the runs of a suite.
+COMPOSITION = tuple(
+    f"ssm_train.{name}" for name in ("train", "bases", "assemble", "finished", "launch.complete")
+)
 
 
 @dataclass(frozen=True)

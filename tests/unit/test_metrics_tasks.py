@@ -1,6 +1,7 @@
-"""Metrics against tables worked out by hand, and against sacrebleu and rouge-score."""
+"""Metrics against tables worked out by hand, and against sacrebleu, rouge-score and nltk's page."""
 
 import math
+import random
 
 import pytest
 import sacrebleu
@@ -105,6 +106,73 @@ def test_rouge_takes_the_best_reference_of_each_example():
         assert values[name] == pytest.approx(sum(best) / 4)
     # One pair by hand: 6 of 7 and 6 of 6 words.
     assert score("rouge1", ANSWERS[:1], [SEVERAL[0][:1]]) == pytest.approx(2 * 6 / 13)
+
+
+def meteor_of_different_words(prediction, reference):
+    """The equations of Banerjee and Lavie 2005 where no word occurs twice."""
+    places = [reference.index(word) if word in reference else None for word in prediction]
+    matches = sum(place is not None for place in places)
+    if not matches:
+        return 0.0
+    precision, recall = matches / len(prediction), matches / len(reference)
+    continued = sum(
+        b is not None and a is not None and b == a + 1
+        for a, b in zip(places, places[1:], strict=False)
+    )
+    f_mean = 10 * precision * recall / (recall + 9 * precision)
+    return f_mean * (1 - 0.5 * ((matches - continued) / matches) ** 3)
+
+
+def test_meteor_is_the_papers_where_no_word_occurs_twice():
+    draw, words = random.Random(0), list("abcdefghij")
+    pairs = [[draw.sample(words, draw.randint(1, 9)) for _ in range(2)] for _ in range(200)]
+    for prediction, reference in pairs:
+        expected = meteor_of_different_words(prediction, reference)
+        found = score("meteor", [" ".join(prediction)], [[" ".join(reference)]])
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("the cat sat on the mat", "the cat sat on the mat", 1 - 0.5 / 6**3),
+        # With fewest crossings the two "the" keep their order: six runs of one word.
+        ("on the mat sat the cat", "the cat sat on the mat", 0.5),
+        # Exact "a", then stems "cat" and "walk": one run of three.
+        ("a cat walked", "A cats walks", 1 - 0.5 / 3**3),
+        # 3 of 4 and 3 of 5 words in one run.
+        ("a b c x", "a b c d e", 10 * 0.75 * 0.6 / (0.6 + 9 * 0.75) * (1 - 0.5 / 3**3)),
+        ("Stop, thief!", "stop , thief !", 1 - 0.5 / 4**3),
+        ("yes", "no", 0),
+        ("", "no", 0),
+    ],
+)
+def test_meteor_by_hand(prediction, reference, expected):
+    assert score("meteor", [prediction], [[reference]]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_meteor_of_the_example_in_nltks_documentation():
+    answer = (
+        "It is a guide to action which ensures that the military always obeys the commands of the "
+        "party"
+    )
+    references = [
+        "It is a guide to action that ensures that the military will forever heed Party commands",
+        "It is the guiding principle which guarantees the military forces always being under the "
+        "command of the Party",
+        "It is the practical guide for the army always to heed the directions of the party",
+    ]
+    assert round(score("meteor", [answer], [references[:1]]), 4) == 0.6944
+    assert round(score("meteor", [answer], [references]), 4) == 0.6944  # the best of the three
+
+
+def test_meteor_is_the_mean_over_examples_of_the_best_reference():
+    single = [
+        max(score("meteor", [answer], [[r]]) for r in rs)
+        for answer, rs in zip(ANSWERS, SEVERAL, strict=True)
+    ]
+    assert single[2] == 0.5 and single[3] == 0  # one word in one run; nothing
+    assert score("meteor", ANSWERS, SEVERAL) == pytest.approx(sum(single) / 4)
 
 
 def test_exact_match_looks_at_words_and_every_reference():

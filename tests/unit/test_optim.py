@@ -1,5 +1,7 @@
 """Learning rates against transformers' schedules; weight decay; the skip on the device."""
 
+from typing import get_args
+
 import pytest
 import torch
 import transformers
@@ -7,8 +9,10 @@ from torch import nn
 
 from ssm_train.optim import OptimSettings, build_optimizer, decays, lr_at, parameter_groups
 
+KINDS = get_args(OptimSettings.model_fields["lr_scheduler_type"].annotation)
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_lr_at_equals_transformers(kind, warmup):
     settings = OptimSettings(learning_rate=2e-3, lr_scheduler_type=kind, warmup_steps=warmup)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ssm_train.adapters import registry
-from ssm_train.adapters.base import ModelSpec
+from ssm_train.adapters.base import Batch, ModelSpec, Prepared
 from ssm_train.config import RunConfig, load_config, run_directory
 from ssm_train.data.sources import find_task, load_task_data, training_texts
 from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.peft.coverage import measure_coverage
+from ssm_train.peft.liveness import check_liveness
+from ssm_train.peft.lora import LoraSettings, lora_layers
 from ssm_train.peft.spec import load_peft
+from ssm_train.peft.targets import match_targets, resolve_targets
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "cfg").rglob("*")
-    if path.suffix in (".yaml", ".yml", ".json")
+    if path.suffix in (".yaml", ".yml", ".json") and path.name != "suites.yaml"
 )
+EXPERIMENTS = [path for path in CONFIGS if path.startswith("cfg/my_lora_exp/yaml/")]
 # Runs whose model is another run's: they need no download.
 ON_OUR_BASES = [
     f"cfg/{directory}/{family}_lora.yaml"
@@ -98,3 +105,178 @@ def test_the_base_knows_the_label_words(path: str, tmp_path: Path) -> None:
     assert words == ["0", "1"]
     prompts = [i for n in range(len(examples)) for i in examples.prompt_ids(n).tolist()]
     assert tokenizer.unk_token_id not in prompts
+
+
+# ---------------------------------------------------------------- LoRA configs on their models
+
+# Part of an experiment's name -> adapted projections in each layer, and in the whole model beside;
+# the longest part that a name holds counts.
+PROJECTIONS = {
+    "QKVO": (4, 0),
+    "QKVO_plus_G": (5, 0),
+    "QKVO_plus_GK": (6, 0),
+    "QKVO_plus_G_plus_GK": (7, 0),
+    "QKVO_plus_MLP": (7, 0),
+    "QKVO_plus_G_plus_GK_plus_MLP": (10, 0),
+    "QKVO_plus_HEAD": (4, 1),
+    "QKVO_main_Gates_aux": (7, 0),
+    "QKVO_main_MLP_aux": (7, 0),
+    "QKVO_main_GatesMLP_aux": (10, 0),
+    "OMLP": (4, 0),
+    "OMLP_plus_G": (5, 0),
+    "OMLP_plus_GK": (6, 0),
+    "OMLP_plus_G_plus_GK": (7, 0),
+    "QK_plus_GATING": (5, 0),
+    "GATINGONLY": (3, 0),
+    "GONLY": (1, 0),
+    "GKONLY": (2, 0),
+    "MLPONLY": (3, 0),
+    "HEADONLY": (0, 1),
+    "OplusHEAD": (1, 1),
+    "QKV": (3, 0),
+    **dict.fromkeys(("QONLY", "KONLY", "VONLY", "OONLY"), (1, 0)),
+    **dict.fromkeys(("QKONLY", "QVONLY", "QOONLY", "KVONLY", "KOONLY", "VOONLY"), (2, 0)),
+}
+# JSONs for `--cfg` by themselves -> the family that has such modules, adapted projections a layer.
+BARE = {
+    "cfg/peft/lora/lora_qkvo_r8_a16.json": ("gla", 4),
+    "cfg/peft/lora/lora_in_out_proj_r8_a16.json": ("mamba", 2),
+    "cfg/peft/lora/lora_in_x_dt_out_proj_r8_a16.json": ("mamba", 4),
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "gla": {"num_hidden_layers": 24, "num_heads": 2, "intermediate_size": 48},  # as many as 1.3B
+    "mamba": {"num_hidden_layers": 2, "state_size": 8, "time_step_rank": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def bare_models() -> dict[str, Prepared]:
+    """Tiny models of the families, as an adapter prepares them; nothing may be injected here."""
+    from fla.models.gla import GLAConfig, GLAForCausalLM
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    classes = {"gla": (GLAForCausalLM, GLAConfig), "mamba": (MambaForCausalLM, MambaConfig)}
+    models = {}
+    for family, (model_class, config_class) in classes.items():
+        model = model_class(config_class(hidden_size=32, vocab_size=61, **SIZES[family])).eval()
+        registry.adopt(model)
+        models[family] = Prepared(model, None, registry.FAMILIES[family]()[0].traits)
+    return models
+
+
+def settings_of(path: str) -> LoraSettings:
+    cfg = read(path)
+    peft = load_peft(cfg.peft, cfg.peft_overrides.given())
+    assert peft is not None and isinstance(peft.settings, LoraSettings)
+    return peft.settings
+
+
+def adapted_modules(prepared: Prepared, settings: LoraSettings) -> list[str]:
+    """What the config reaches, after all checks; raises for a name that matches nothing."""
+    targets = resolve_targets(prepared.model, prepared.traits, settings)
+    return sum(match_targets(prepared.model, targets, settings).values(), [])
+
+
+def injected(prepared: Prepared, path: str) -> Prepared:
+    """A copy with the config's LoRA."""
+    copied = Prepared(copy.deepcopy(prepared.model), None, prepared.traits)
+    peft = load_peft(read(path).peft)
+    assert peft is not None
+    peft.make().inject(copied)
+    return copied
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS)
+def test_an_experiment_adapts_what_its_name_says(
+    path: str, bare_models: dict[str, Prepared]
+) -> None:
+    cfg, settings = read(path), settings_of(path)
+    assert registry.choose_family(ModelSpec(model=cfg.model))[0] == "gla"
+    name = cfg.name or ""
+    part = max((part for part in PROJECTIONS if f"_{part}_" in f"_{name}"), key=len)
+    layers = 6 if any(word in name for word in ("first6", "middle6", "last6")) else 24
+    in_layer, beside = PROJECTIONS[part]
+    found = adapted_modules(bare_models["gla"], settings)
+    assert len(found) == len(set(found)) == in_layer * layers + beside
+    assert settings.use_dora == ("dora" in name.lower())
+    assert settings.use_rslora == ("rslora" in name.lower())
+
+
+def test_every_part_of_a_name_occurs() -> None:
+    names = [f"_{Path(path).stem}" for path in EXPERIMENTS]
+    assert not [part for part in PROJECTIONS if not any(f"_{part}_" in name for name in names)]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.startswith("cfg/peft/")])
+def test_a_bare_json_fits_its_family(path: str, bare_models: dict[str, Prepared]) -> None:
+    family, in_layer = BARE[path]
+    found = adapted_modules(bare_models[family], settings_of(path))
+    assert len(found) == in_layer * SIZES[family]["num_hidden_layers"]
+
+
+@pytest.mark.parametrize(
+    ("word", "layers"), [("first6", range(6)), ("middle6", range(9, 15)), ("last6", range(18, 24))]
+)
+def test_layers_of_a_name(word: str, layers: range, bare_models: dict[str, Prepared]) -> None:
+    paths = [path for path in EXPERIMENTS if word in path]
+    assert paths
+    for path in paths:
+        found = adapted_modules(bare_models["gla"], settings_of(path))
+        assert {int(name.split(".")[2]) for name in found} == set(layers)
+
+
+G, GK, MLP = ("g_proj",), ("gk_proj.0", "gk_proj.1"), ("gate_proj", "up_proj", "down_proj")
+GATES = (*G, *GK)
+
+
+@pytest.mark.parametrize(
+    ("name", "aux", "r", "scaling"),
+    [
+        ("E3_QKVO_main_Gates_aux_r8a16_r2a2", GATES, 2, 2 / 2),
+        ("E3_QKVO_main_Gates_aux_r8a16_r4a8", GATES, 4, 8 / 4),
+        ("E3_QKVO_main_MLP_aux_r8a16_r4a8", MLP, 4, 8 / 4),
+        ("E3_QKVO_main_GatesMLP_aux_r8a16_r4a8", (*GATES, *MLP), 4, 8 / 4),
+        ("E3_QKVO_main_Gates_aux_RSLoRA_r8a16_r4a4", GATES, 4, 4 / 4**0.5),
+        ("E3_QKVO_main_Gates_aux_DoRA_r8a16_r4a4", GATES, 4, 4 / 4),
+        ("E3_QKVO_plus_G_only_r4a4", G, 4, 4 / 4),
+        ("E3_QKVO_plus_GK_only_r4a4", GK, 4, 4 / 4),
+    ],
+)
+def test_mixed_ranks_reach_their_modules(
+    name: str,
+    aux: tuple[str, ...],
+    r: int,
+    scaling: float,
+    bare_models: dict[str, Prepared],
+) -> None:
+    model = injected(bare_models["gla"], f"cfg/my_lora_exp/yaml/{name}.yaml").model
+    main = (8, 16 / 8**0.5 if "RSLoRA" in name else 16 / 8)
+    expected = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), main)
+    expected |= dict.fromkeys(aux, (r, scaling))
+    layers = lora_layers(model)
+    assert len(layers) == 24 * len(expected)
+    for module, layer in layers.items():
+        end = ".".join(module.split(".")[-2:]) if module[-1].isdigit() else module.split(".")[-1]
+        assert layer.lora_A["default"].weight.shape[0] == layer.r["default"] == expected[end][0]
+        assert layer.scaling["default"] == pytest.approx(expected[end][1])
+        assert layer.use_dora["default"] == ("DoRA" in name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["E9_QKVO_plus_HEAD_r8_alpha16", "E9_OplusHEAD_DoRA_r8_alpha16"]
+    + ["E3_QKVO_main_GatesMLP_aux_r8a16_r4a8", "E2_OMLP_middle6_r8_alpha16"],
+)
+def test_nothing_is_dead(name: str, bare_models: dict[str, Prepared]) -> None:
+    """The preflight of a run passes: every factor of every adapted layer has a gradient."""
+    model = injected(bare_models["gla"], f"cfg/my_lora_exp/yaml/{name}.yaml").model
+    ids = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    batch = Batch(
+        input_ids=ids,
+        target_positions=torch.arange(18).view(2, 9)[:, :-1].flatten(),
+        targets=ids[:, 1:].flatten(),
+        sequence_ids=torch.arange(2)[:, None].expand(2, 9),
+        position_ids=torch.arange(9).expand(2, 9),
+    )
+    check_liveness(model, batch, registry.FAMILIES["gla"]()[0].token_losses)

@@ -8,10 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from ssm_train.data.published import Published
+from ssm_train.data.tasks import alpaca, choice, dart, glue, images, samsum
 from ssm_train.data.tasks.chat import ChatTask
 from ssm_train.data.tasks.corpus import CorpusTask
-from ssm_train.data.tasks.dart import DART
 from ssm_train.data.tasks.quickstart import QUICKSTART
+from ssm_train.data.tasks.spider import SpiderTask
+from ssm_train.data.tasks.spider import release as spider
 from ssm_train.data.tasks.task import Record, Task
 from ssm_train.data.tasks.text import ClassificationTask, GenerationTask
 from ssm_train.errors import InputError, near
@@ -24,21 +26,30 @@ SST2 = ClassificationTask(
 )
 
 TASKS: dict[str, Task] = {
-    "dart": DART,
+    "dart": dart.DART,
     "quickstart": QUICKSTART,
     "sst2": SST2,
 }
 
-PUBLISHED: dict[str, Published] = {}
+PUBLISHED: dict[str, Published] = {
+    **glue.DATASETS,
+    **dart.DATASETS,
+    **samsum.DATASETS,
+    **spider.DATASETS,
+    **alpaca.DATASETS,
+    **choice.DATASETS,
+    **images.DATASETS,
+}
 """Published data sets by the name that a config gives them."""
 
-Written = ClassificationTask | GenerationTask | ChatTask | CorpusTask
+Written = ClassificationTask | GenerationTask | ChatTask | CorpusTask | SpiderTask
 
 TYPES: dict[str, type[Written]] = {
     "classification": ClassificationTask,
     "generation": GenerationTask,
     "chat": ChatTask,
     "text": CorpusTask,
+    "spider": SpiderTask,
 }
 """`type` of a task that a config writes out -> its schema."""
 
@@ -83,7 +94,7 @@ def _explain(error: ValidationError, schema: type[Written]) -> str:
     if first["type"] == "extra_forbidden":
         known = list(schema.model_fields)
         return f"task: unknown key {key!r}{near(key, known)}; known: {', '.join(known)}"
-    description = schema.model_fields[key].description
+    description = " ".join(str(schema.model_fields[key].description).split())
     if first["type"] == "missing":
         return f"task.{key} is missing: {description}"
     reason = first["msg"].removeprefix("Value error, ")

@@ -90,15 +90,15 @@ class ChatTask(Settings):
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            (text,), _ = render_jinja_template(
-                conversations=[list(messages)],
+            rendered: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
                 chat_template=self.template or PLAIN,
                 add_generation_prompt=answering,
                 **self.variables,
             )
         except TemplateError as error:
             raise InputError(f"the chat template refuses the messages: {error}") from None
-        return text
+        return str(rendered[0][0])
 
     def score(
         self,

@@ -1,4 +1,4 @@
-"""What a task is: it turns a record into the texts of an example, and scores what a model answered."""
+"""What a task is: it turns a record into the texts of an example, and scores answers."""
 
 from __future__ import annotations
 

@@ -180,7 +180,8 @@ class GenerationTask(Settings):
     references: Literal["first", "each"] = "first"
     """Learn the first reference of a record, or each as an example of its own."""
     metrics: list[str] = Field(default=["bleu", "rougeL", "exact_match"], min_length=1)
-    """Of exact_match, bleu, meteor, rouge1, rouge2, rougeL; the first one chooses the best checkpoint."""
+    """Of exact_match, bleu, meteor, rouge1, rouge2, rougeL; the first one chooses the best
+    checkpoint."""
 
     _check_templates = field_validator("prompt", "label")(_check_template)
 
