@@ -161,12 +161,23 @@ def load_config(
     """Reads a run config and lays `key=value` texts and HP_* variables over it.
 
     `environment` is usually `os.environ`; None: no variables. A `.json` file with `peft_type` is
-    a PEFT config, used in the default run of its family. Raises InputError with one line per problem.
+    a PEFT config, used in the default run of its family. Raises InputError with one line per
+    problem.
     """
     path = Path(path)
     document = read_document(path)
     if path.suffix.lower() == ".json" and "peft_type" in document.values:
         document = default_run(document, path)
+    return resolve_config(document, path.stem, cli_overrides, environment)
+
+
+def resolve_config(
+    document: Document,
+    name: str,
+    cli_overrides: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[RunConfig, Provenance]:
+    """`load_config` for what was read; `name`: of the run, where the document has none."""
     values: dict[Any, Any] = _json_keys_to_numbers(document.values)
     provenance: Provenance = {str(key): document.where((key,)) for key in values}
     environment = environment or {}
@@ -185,7 +196,7 @@ def load_config(
 
     problems = list(_misspelt_variables(environment))
     if values.get("name") is None:
-        values["name"] = path.stem
+        values["name"] = name
     try:
         cfg = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -199,6 +210,22 @@ def load_config(
     for key in RunConfig.model_fields:
         provenance.setdefault(key, "default")
     return cfg, provenance
+
+
+def read_peft_overrides(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What the HP_* variables say of the PEFT config. Raises InputError naming the variable."""
+    values: dict[str, Any] = {}
+    provenance: Provenance = {}
+    for variable, key in ENVIRONMENT.items():
+        _, _, name = key.partition("peft_overrides.")
+        if name and (text := environment.get(variable, "").strip()):
+            values[name] = _from_text(text, _field(key))
+            provenance[name] = variable
+    try:
+        return PeftOverrides.model_validate(values).given()
+    except ValidationError as error:
+        problems = explain(error, PeftOverrides, Document("environment", {}, {}), provenance)
+        raise InputError("\n".join(problems)) from None
 
 
 def default_run(peft: Document, path: Path) -> Document:

@@ -54,24 +54,31 @@ from ssm_train.runlog import RunLog
 from ssm_train.summary import Result, export_weights, print_summary, write_result
 
 
-def run(cfg: RunConfig, provenance: Mapping[str, str], cfg_path: str | Path) -> Result:
+def run(
+    cfg: RunConfig,
+    provenance: Mapping[str, str],
+    cfg_path: str | Path,
+    *,
+    run_dir: Path | None = None,
+    given: Subject | None = None,
+) -> Result:
     """Trains one config, from its files to an exported adapter or model. All ranks.
 
-    Raises InputError for what the user can mend. Until the model is built and proven alive,
-    nothing is written.
+    `run_dir`: instead of the config's; `given`: a model that the caller made. Raises InputError
+    for what the user can mend. Until the model is built and proven alive, nothing is written.
     """
     if cfg.debug:
         cfg = debug_config(cfg)
-    run_dir = run_directory(cfg, cfg_path)
+    run_dir = run_dir or run_directory(cfg, cfg_path)
     main = os.environ.get("RANK", "0") == "0"  # asked before the processes know each other
     with own(run_dir) if cfg.lock and main else nullcontext():
-        return run_in(run_dir, cfg, provenance)
+        return run_in(run_dir, cfg, provenance, given)
 
 
 def run_in(
     run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str], given: Subject | None = None
 ) -> Result:
-    """`run`, once the directory is ours; with a model that the caller made, if one is `given`."""
+    """`run`, once the directory is ours."""
     check_run_directory(run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
     check_trackers(cfg.trackers)
     splits = find_splits(cfg)

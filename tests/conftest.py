@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 # Tokenized data of tests is kept apart, and not from one test session to the next.
-CACHE = tempfile.TemporaryDirectory(prefix="ssm_train_cache_")
-os.environ["XDG_CACHE_HOME"] = CACHE.name
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ssm_train_tests_")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

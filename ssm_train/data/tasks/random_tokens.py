@@ -17,7 +17,7 @@ SIZES = {"train": 1_024, "val": 64}
 
 
 def check_split(length: int, split: str) -> None:
-    """Raises InputError: no such split, fewer than 2 tokens (one of a prompt and one of a label)."""
+    """Raises InputError: no such split, no room for a prompt and a label."""
     if split not in SIZES:
         raise InputError(f"random_{length} has no split {split!r}; it has {', '.join(SIZES)}")
     if length < 2:
