@@ -40,6 +40,7 @@ class Origin:
     """What is known of a model that a function here prepared."""
 
     model_id: str
+    tokenizer_id: str | None
     prec: str
     peft: str | None
     reason: str
@@ -131,7 +132,7 @@ def _prepare(
     if method:
         method.inject(prepared)
     ORIGINS[prepared.model] = Origin(
-        str(spec.model), prec, peft_json_path, reason, adapter, prepared.traits, prepared.kernels,
+        str(spec.model), spec.tokenizer, prec, peft_json_path, reason, adapter, prepared.traits, prepared.kernels,
         method,
     )  # fmt: skip
     return prepared.model, prepared.tokenizer
@@ -193,7 +194,7 @@ def build_and_run_trainer(
         "model": origin.model_id,
         "prec": origin.prec,
         "peft": origin.peft,
-        "tokenizer": cfg.get("tokenizer"),
+        "tokenizer": origin.tokenizer_id,
         "learning_rate": float(learning_rate),
         "max_steps": total_steps,
         "logging_steps": logging_steps,

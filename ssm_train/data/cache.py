@@ -155,8 +155,9 @@ def default_cache_dir() -> Path:
 
 
 def describe_files(files: tuple[Path, ...]) -> list[list[str]]:
-    """Suffix and SHA-256 of each file: the same data elsewhere is the same data."""
-    return [[file.suffix, digest(file)] for file in files]
+    """Place and SHA-256 of each file: the same files elsewhere are the same data."""
+    folder = os.path.commonpath([file.parent for file in files])
+    return [[os.path.relpath(file, folder), digest(file)] for file in files]
 
 
 def describe_tokenizer(tokenizer: Any) -> str:

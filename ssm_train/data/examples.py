@@ -6,6 +6,7 @@ Loss is on the learnt segments only; which tokens those are is kept by position,
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,7 +24,7 @@ from ssm_train.data.tokens import Chunk, TokenizedDataset
 from ssm_train.errors import InputError
 
 CHUNK_RECORDS = 2_048
-PARALLEL_FROM_RECORDS = 49_152  # below, starting processes costs more than it saves
+PARALLEL_AFTER_SECONDS = 5.0  # before, starting processes costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ def tokenize_records(
 
     In training, examples of more than `max_length` tokens are dropped and counted, plain text is
     cut; evaluation keeps every example whole. `limit`: only the first so many records.
-    `progress` gets the number of records done. From 49,152 records on, `num_workers` processes
-    share the work.
+    `progress` gets the number of records done. What takes more than five seconds is shared by
+    `num_workers` processes.
 
     Raises InputError: no records, a record that the task cannot use (with its line), all too
     long, a label word that is not one token, no end-of-text token.
@@ -253,9 +254,11 @@ def _encode_all(
 ) -> Iterator[tuple[int, Chunk]]:
     """(records, their examples) in order: the first ones here, the rest in processes."""
     pieces = _cut(islice(records.placed(), limit))
-    for piece in islice(pieces, PARALLEL_FROM_RECORDS // CHUNK_RECORDS if num_workers else None):
-        yield len(piece), encoder.encode(piece)
+    begun = time.monotonic()
     first = next(pieces, None)
+    while first and not (num_workers and time.monotonic() > begun + PARALLEL_AFTER_SECONDS):
+        yield len(first), encoder.encode(first)
+        first = next(pieces, None)
     if first is None:
         return
     workers = min(num_workers, os.cpu_count() or 1)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ssm_train.data import DataSettings, sources
-from ssm_train.data.cache import EXAMPLES, MANIFEST, default_cache_dir
+from ssm_train.data.cache import EXAMPLES, MANIFEST, default_cache_dir, describe_files
 from ssm_train.data.sources import load_task_data
 from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.errors import InputError
@@ -122,6 +122,17 @@ def test_the_same_data_elsewhere_is_the_same(settings, tokenizer, encoded, tmp_p
     elsewhere = settings.model_copy(update={"data": str(moved), "num_data_workers": 0})
     load_task_data(elsewhere, tokenizer, "train")
     assert len(encoded) == 1 and len(directories(settings)) == 1
+
+
+def test_a_file_in_another_folder_is_other_data(tmp_path):
+    """A class may be the name of a folder."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_text("x")
+    files = (tmp_path / "a" / "1.png", tmp_path / "b" / "1.png")
+    before = describe_files(files)
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert describe_files((files[0], tmp_path / "c" / "1.png")) != before
 
 
 def flip_a_bit(directory: Path) -> None:

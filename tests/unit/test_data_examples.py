@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ssm_train.data import examples
@@ -91,6 +91,26 @@ def test_label_words_find_the_spelling_that_is_one_token(pieces, written):
     assert tokens[written] == pieces.convert_tokens_to_ids("Ġgood")
 
 
+def test_label_words_after_a_piece_of_white_space():
+    """Llama's and Mistral's tokenizers, GLA's among them, split digits and write "0" as "▁", "0"."""
+    pieces = {"<unk>": 0, "<eos>": 1, "▁": 2, "0": 3, "1": 4, "▁yes": 5, "▁no": 6, "▁yesno": 7}
+    backend = Tokenizer(
+        models.Unigram([(piece, -float(i)) for piece, i in pieces.items()], unk_id=0)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    llama = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    assert llama("0")["input_ids"] == [2, 3]
+    digits = MOOD.model_copy(update={"labels": {0: "0", 1: "1"}})
+    assert find_label_tokens(digits, llama) == {"0": 3, "1": 4}
+    words = MOOD.model_copy(update={"labels": {0: " no", 1: " yes"}})
+    assert set(find_label_tokens(words, llama).values()) == {5, 6}
+    with pytest.raises(InputError, match="not one token of its own"):
+        find_label_tokens(MOOD.model_copy(update={"labels": {0: "10", 1: "01"}}), llama)
+
+
 def test_label_words_that_are_not_one_token(words, pieces):
     task = MOOD.model_copy(update={"labels": {0: "good", 1: "fantabulous"}})
     with pytest.raises(InputError, match=r"task.labels: 'fantabulous' .*\['<unk>'\]"):
@@ -169,7 +189,7 @@ def test_processes_give_what_one_process_gives(words, monkeypatch):
     many = rows(47)
     alone = tokenize_records(records(many), COPY, words, training=False)
     monkeypatch.setattr(examples, "CHUNK_RECORDS", 5)
-    monkeypatch.setattr(examples, "PARALLEL_FROM_RECORDS", 10)
+    monkeypatch.setattr(examples, "PARALLEL_AFTER_SECONDS", -1.0)
     done: list[int] = []
     shared = tokenize_records(
         records(many), COPY, words, training=False, num_workers=2, progress=done.append
