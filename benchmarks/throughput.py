@@ -23,8 +23,8 @@ from ssm_train import distributed
 from ssm_train.adapters import registry
 from ssm_train.adapters.base import Batch, ModelSpec
 from ssm_train.data.batches import collate, pack
-from ssm_train.data.examples import TokenizedDataset
 from ssm_train.data.tasks.quickstart import QUICKSTART
+from ssm_train.data.tokens import Chunk, TokenizedDataset
 from ssm_train.loop import Schedule, Training, train_step
 from ssm_train.metrics import peak_memory_gib
 from ssm_train.optim import OptimSettings, build_optimizer
@@ -59,15 +59,15 @@ def draw_examples(count: int, vocab_size: int, seed: int = 0) -> TokenizedDatase
     """Random ids; loss on the last third of each example."""
     draw = np.random.default_rng(seed)
     lengths = np.clip(draw.lognormal(5.0, 0.75, count), 16, 2048).astype(np.int64)
-    return TokenizedDataset(
-        task=QUICKSTART,
-        name="random",
+    prompts = lengths * 2 // 3
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    chunk = Chunk(
         ids=draw.integers(1, vocab_size, lengths.sum()).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        prompt_lengths=lengths * 2 // 3,
-        pad_id=0,
-        eos_id=0,
+        learnt=np.arange(lengths.sum()) - starts >= np.repeat(prompts, lengths),
+        lengths=lengths,
+        prompt_lengths=prompts,
     )
+    return TokenizedDataset(QUICKSTART, "random", [chunk], pad_id=0, eos_id=0)
 
 
 def make_steps(arguments: argparse.Namespace, vocab_size: int) -> list[Batch]:

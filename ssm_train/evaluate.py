@@ -256,9 +256,11 @@ def gather_in_order(rows: list[Any], gather: Gather) -> list[Any]:
     return [by_example[i] for i in sorted(by_example)]
 
 
-def write_predictions(run_dir: Path, step: int, rows: Iterable[Row]) -> Path:
-    """Rank 0. `predictions-<step>.jsonl`: one JSON object a line, in the order of `rows`."""
-    path = Path(run_dir) / f"predictions-{step}.jsonl"
+def write_predictions(run_dir: Path, split: str, step: int, rows: Iterable[Row]) -> Path:
+    """Rank 0. `predictions-<step>.jsonl`, of the test split `predictions-test-<step>.jsonl`: one
+    JSON object a line, in the order of `rows`."""
+    name = f"predictions-{step}" if split == "val" else f"predictions-{split}-{step}"
+    path = Path(run_dir) / f"{name}.jsonl"
     lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
     write_atomically(path, "".join(lines))
     return path

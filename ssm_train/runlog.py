@@ -62,8 +62,8 @@ class RunLog:
         self._write(split, {"step": step, **values})
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "tokens")
         self.bar.say(f"step {step}  {split}  {shown}")
-        if rows and split == "val":
-            write_predictions(self.run_dir, step, rows)
+        if rows:
+            write_predictions(self.run_dir, split, step, rows)
 
     def close(self) -> None:
         if self.main:

@@ -96,7 +96,9 @@ def test_eval_takes_other_data_and_any_split(finished, capsys, tmp_path):
 
 def test_generate_says_what_the_predictions_say(finished, capsys, tmp_path):
     result = finished["gla_lora"][0]
-    steps = sorted(int(p.stem.split("-")[1]) for p in result.run_dir.glob("predictions-*.jsonl"))
+    steps = sorted(
+        int(p.stem.split("-")[1]) for p in result.run_dir.glob("predictions-[0-9]*.jsonl")
+    )
     assert steps == [0, 4, 8]
     file = result.run_dir / f"predictions-{result.best_step}.jsonl"
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

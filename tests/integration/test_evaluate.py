@@ -416,7 +416,7 @@ def test_generation_over_ranks(model, tokenizer, tmp_path, world_size):
         assert [row.prediction_ids for row in rows] == answers
         assert values["exact_match"] == 0.5
         assert list(values) == ["exact_match", "bleu"]
-    path = write_predictions(tmp_path, 40, rows)
+    path = write_predictions(tmp_path, "val", 40, rows)
     assert path.name == "predictions-40.jsonl"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -427,7 +427,11 @@ def test_generation_over_ranks(model, tokenizer, tmp_path, world_size):
 
 def test_predictions_of_a_step_replace_older_ones(tmp_path):
     row = Row(0, "naïve 漢", [1], "a\nb", [2], ["c"], [[3]])
-    write_predictions(tmp_path, 1, [row, row])
-    path = write_predictions(tmp_path, 1, [row])
+    write_predictions(tmp_path, "val", 1, [row, row])
+    path = write_predictions(tmp_path, "val", 1, [row])
     (line,) = path.read_text(encoding="utf-8").splitlines()
     assert "naïve 漢" in line and json.loads(line)["prediction"] == "a\nb"
+    write_predictions(tmp_path, "test", 1, [])  # another split is another file
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "predictions-1.jsonl", "predictions-test-1.jsonl",
+    ]  # fmt: skip

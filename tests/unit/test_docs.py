@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from ssm_train.adapters.base import ModelSettings
 from ssm_train.checkpoint import CheckpointSettings
 from ssm_train.cli import build_parser, overrides_of
-from ssm_train.config import ENVIRONMENT, RunConfig, load_config
+from ssm_train.config import DIRECTORIES, ENVIRONMENT, RunConfig, load_config
 from ssm_train.data import DataSettings
 from ssm_train.errors import InputError
 from ssm_train.evaluate import EvalSettings
@@ -295,7 +295,7 @@ def row(key: str, field: FieldInfo, variable: str) -> str:
 def config_table() -> list[str]:
     """Every key of a run config, in the order of its parts; `peft_overrides` is in docs/peft.md."""
     variables = {key: variable for variable, key in ENVIRONMENT.items()}
-    variables["output_root"] = "SSM_TRAIN_OUTPUT"
+    variables |= {key: variable for variable, key in DIRECTORIES.items()}
     lines = ["| key | type | default | variable | meaning |", "|---|---|---|---|---|"]
     inherited = {key for part in PARTS.values() for key in part.model_fields}
     own = [key for key in RunConfig.model_fields if key not in inherited | {"peft_overrides"}]
