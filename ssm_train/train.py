@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch
@@ -37,17 +39,20 @@ from ssm_train.bases import (
     own_when_free,
     record_base,
 )
+from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
+from ssm_train.data.order import Order
 from ssm_train.data.sources import check_data
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.errors import InputError
+from ssm_train.evaluate import Evaluation
 from ssm_train.lock import own
-from ssm_train.loop import Training, TrainState, plan_schedule, train
+from ssm_train.loop import Schedule, Training, TrainState, plan_schedule, train
 from ssm_train.metrics import LOSSES, Progress, check_trackers
 from ssm_train.optim import build_optimizer
 from ssm_train.peft.coverage import count_parameters, measure_coverage
 from ssm_train.peft.liveness import check_liveness
-from ssm_train.peft.spec import load_peft
+from ssm_train.peft.spec import PeftSpec, load_peft
 from ssm_train.record import check_run_directory, create_run_directory
 from ssm_train.resume import RunCheckpoints, find_resume_point
 from ssm_train.runlog import RunLog
@@ -87,104 +92,139 @@ def run_in(
     peft = load_peft(cfg.peft, cfg.peft_overrides.given())
     if (unfinished := train_base(cfg)) is not None:
         return unfinished
+    ready = get_ready(run_dir, cfg, splits, peft, given)
+    claim_directory(ready)
+    result = fit(ready, main_metric, [*describe_start(ready, provenance), *changes, *ready.notes])
+    distributed.barrier()
+    return result
 
+
+@dataclass
+class Ready:
+    """A run that may begin: its parts are built, its tensors are alive, nothing is written."""
+
+    run_dir: Path
+    cfg: RunConfig
+    accelerator: Any
+    subject: Subject
+    base: str | None  # id of the model before training; None: new, and not kept yet
+    data: Mapping[str, TokenizedDataset]  # by split
+    order: Order
+    evaluations: Mapping[str, Evaluation]  # by split
+    found: Checkpoint | None  # where a resumed run goes on
+    notes: list[str]
+
+    @property
+    def schedule(self) -> Schedule:
+        return plan_schedule(self.cfg, self.order.steps_per_epoch)
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's part of optimizer step `step`."""
+        return make_batches(self.data["train"], self.order, self.cfg, step)
+
+
+def get_ready(
+    run_dir: Path,
+    cfg: RunConfig,
+    splits: Sequence[str],
+    peft: PeftSpec | None,
+    given: Subject | None,
+) -> Ready:
+    """All ranks. Model, data, PEFT and the proof that every trainable tensor is alive."""
     accelerator = distributed.build_accelerator(cfg.prec, cfg.device)
-    device, rank = accelerator.device, distributed.rank()
+    device = accelerator.device
     distributed.seed_everything(cfg.seed)
     base = base_id(cfg, run_dir)
     if cfg.resume and cfg.model is not None:
         check_base(run_dir, str(base))
     subject = given or prepare_model(cfg, base, str(device), frozen=peft is not None)
-    adapter, prepared = subject.adapter, subject.prepared
-    data = {split: load_examples(cfg, prepared.tokenizer, split) for split in splits}
+    data = {split: load_examples(cfg, subject.prepared.tokenizer, split) for split in splits}
     found, notes = find_resume_point(run_dir) if cfg.resume else (None, [])
     order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)
+    ready = Ready(run_dir, cfg, accelerator, subject, base, data, order, {}, found, notes)
 
-    def micro_batches(step: int) -> list[Batch]:
-        return make_batches(data["train"], order, cfg, step)
-
-    method = subject.method
     if peft and not given:
-        method = peft.make()
-        method.inject(prepared)
-    if method:
-        method.calibrate(prepared, micro_batches(0), adapter.token_losses)
-    bare = prepared.model
+        subject.method = peft.make()
+        subject.method.inject(subject.prepared)
+    token_losses = subject.adapter.token_losses
+    if subject.method:
+        subject.method.calibrate(subject.prepared, ready.micro_batches(0), token_losses)
     autocast = partial(distributed.autocast, cfg.prec, device)
     with autocast():
         check_liveness(
-            bare,
-            micro_batches(0)[0].to(device),
-            adapter.token_losses,
+            subject.prepared.model,
+            ready.micro_batches(0)[0].to(device),
+            token_losses,
             reduce_max=distributed.reduce_max,
         )
-    optimizer = build_optimizer(bare, cfg, prepared.traits.no_decay)
-    evaluations = {
-        split: build_evaluation(cfg, adapter, data[split], prepared, autocast)
+    ready.evaluations = {
+        split: build_evaluation(cfg, subject.adapter, data[split], subject.prepared, autocast)
         for split in splits
         if split != "train"
     }
-    val = evaluations.get("val")
-    schedule = plan_schedule(cfg, order.steps_per_epoch)
+    return ready
 
-    if distributed.is_main():  # rank 0; from here on the run directory is ours
+
+def claim_directory(ready: Ready) -> None:
+    """All ranks. Rank 0 makes the run directory; what can be mended was found before."""
+    run_dir, cfg = ready.run_dir, ready.cfg
+    if distributed.is_main():  # rank 0
         create_run_directory(run_dir, dump_yaml(cfg), overwrite=cfg.overwrite)
         if cfg.model is not None:
-            record_base(run_dir, str(base))
+            record_base(run_dir, str(ready.base))
         if isinstance(cfg.tokenizer, dict):  # built from the training data
-            prepared.tokenizer.save_pretrained(run_dir / "tokenizer")
-        if method and base is None:
-            base = str(keep_new_base(cfg, run_dir))
+            ready.subject.prepared.tokenizer.save_pretrained(run_dir / "tokenizer")
+        if ready.subject.method and ready.base is None:
+            ready.base = str(keep_new_base(cfg, run_dir))
     distributed.barrier()
-    model, prepared_optimizer = accelerator.prepare(bare, optimizer)
+
+
+def fit(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result:
+    """All ranks. Trains, evaluates and exports; `lines` are said first."""
+    cfg, subject, schedule = ready.cfg, ready.subject, ready.schedule
+    bare = subject.prepared.model
+    optimizer = build_optimizer(bare, cfg, subject.prepared.traits.no_decay)
+    model, prepared_optimizer = ready.accelerator.prepare(bare, optimizer)
     checkpoints = RunCheckpoints(
-        run_dir, cfg.save_total_limit, bare, optimizer, accelerator.scaler, method,
-        global_batch=len(order.micro_batches(0)) * (1 if cfg.packing else cfg.batch_size),
+        ready.run_dir, cfg.save_total_limit, bare, optimizer, ready.accelerator.scaler,
+        subject.method,
+        global_batch=len(ready.order.micro_batches(0)) * (1 if cfg.packing else cfg.batch_size),
     )  # fmt: skip
-    distributed.seed_everything(cfg.seed + rank)  # dropout differs between ranks
-    state = checkpoints.restore(found) if found else TrainState()
+    distributed.seed_everything(cfg.seed + distributed.rank())  # dropout differs between ranks
+    state = checkpoints.restore(ready.found) if ready.found else TrainState()
 
     with ExitStack() as stack:
         stop = stack.enter_context(distributed.StopFlag())
         bar = Progress(schedule.total_steps, state.step, distributed.is_main())
-        for line in [
-            f"run {run_dir}",
-            *(f"  {line}" for line in describe_overrides(cfg, provenance)),
-            f"model {subject.reason}",
-            f"kernels {', '.join(f'{op}: {name}' for op, name in prepared.kernels.items())}",
-            str(measure_coverage(bare)) if method else "full fine-tuning",
-            describe_data(data, schedule.total_steps, schedule.steps_per_epoch),
-            *changes,
-            *notes,
-        ]:
+        for line in lines:
             bar.say(line)
         stack.enter_context(bar)
         log = RunLog(
-            run_dir, bar, trackers=cfg.trackers, config=cfg.model_dump(),
+            ready.run_dir, bar, trackers=cfg.trackers, config=cfg.model_dump(),
             step=state.step, tokens=state.tokens,
         )  # fmt: skip
         stack.callback(log.close)
 
         def evaluate(step: int, split: str = "val") -> dict[str, float]:  # all ranks
-            values, rows = evaluations[split].run(bare)
+            values, rows = ready.evaluations[split].run(bare)
             log.evaluated(step, split, values, rows)
             return values
 
         began = time.perf_counter()
-        if val and cfg.eval_at_start and not state.step:
+        if "val" in ready.evaluations and cfg.eval_at_start and not state.step:
             evaluate(0)
         outcome = train(
             Training(
-                accelerator=accelerator,
+                accelerator=ready.accelerator,
                 model=model,
                 optimizer=prepared_optimizer,
-                token_losses=adapter.token_losses,
-                micro_batches=micro_batches,
+                token_losses=subject.adapter.token_losses,
+                micro_batches=ready.micro_batches,
                 schedule=schedule,
                 optim=cfg,
                 prec=cfg.prec,
                 log=log.trained,
-                evaluate=evaluate if val else None,
+                evaluate=evaluate if "val" in ready.evaluations else None,
                 save=None if cfg.no_save else checkpoints.save,
                 main_metric=main_metric,
                 higher_is_better=main_metric not in LOSSES,
@@ -197,23 +237,23 @@ def run_in(
         after, after_step = state.best, state.best_step
         if complete and not checkpoints.load_best(state):
             after, after_step = log.values.get("val", {}), state.step
-        test = (
-            evaluate(after_step or state.step, "test") if complete and "test" in evaluations else {}
-        )
+        test: dict[str, float] = {}
+        if complete and "test" in ready.evaluations:
+            test = evaluate(after_step or state.step, "test")
         seconds = time.perf_counter() - began
     result = Result(
-        outcome, run_dir, state.step, main_metric, log.before, after, after_step,
+        outcome, ready.run_dir, state.step, main_metric, log.before, after, after_step,
         *count_parameters(bare), seconds, test,
         log.rates, log.rows.get("test") or log.rows.get("val", []),
     )  # fmt: skip
     if distributed.is_main():  # rank 0
         if complete:
             result.exported = export_weights(
-                run_dir, prepared, method, base_id=base, revision=cfg.revision
-            )
+                ready.run_dir, subject.prepared, subject.method,
+                base_id=ready.base, revision=cfg.revision,
+            )  # fmt: skip
         write_result(result)
         print_summary(result, bar.say)
-    distributed.barrier()
     return result
 
 
@@ -247,12 +287,21 @@ def train_base(cfg: RunConfig) -> Result | None:
     return None if result.outcome == "finished" else result
 
 
-def describe_data(data: Mapping[str, TokenizedDataset], steps: int, steps_per_epoch: int) -> str:
-    """One line: examples of each split, what was dropped, steps."""
+def describe_start(ready: Ready, provenance: Mapping[str, str]) -> list[str]:
+    """What a run says first: values that are no defaults, model, kernels, PEFT, data, steps."""
+    prepared, schedule, data = ready.subject.prepared, ready.schedule, ready.data
     counts = ", ".join(f"{len(dataset):,} {split}" for split, dataset in data.items())
     dropped = data["train"].dropped
     too_long = f" ({dropped:,} longer than max_length dropped)" if dropped else ""
-    return f"data {counts} examples{too_long}; {steps:,} steps, {steps_per_epoch:,} an epoch"
+    return [
+        f"run {ready.run_dir}",
+        *(f"  {line}" for line in describe_overrides(ready.cfg, provenance)),
+        f"model {ready.subject.reason}",
+        f"kernels {', '.join(f'{op}: {name}' for op, name in prepared.kernels.items())}",
+        str(measure_coverage(prepared.model)) if ready.subject.method else "full fine-tuning",
+        f"data {counts} examples{too_long}; {schedule.total_steps:,} steps, "
+        f"{schedule.steps_per_epoch:,} an epoch",
+    ]
 
 
 if __name__ == "__main__":
