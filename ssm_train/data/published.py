@@ -101,6 +101,8 @@ class Published:
     clean: Clean | None = None
     """Brings a record of any layout into the shape that the task reads; None leaves it out
     (no label)."""
+    beside: tuple[str, ...] = ()
+    """Patterns of files in the folder that the records are made with too."""
     source: str = ""
     """Where a user gets the files, for messages."""
 
@@ -115,6 +117,12 @@ class FoundSplit:
     files: tuple[Path, ...]
     size: int | None = None
     """Only so many of the examples."""
+
+    @property
+    def depends_on(self) -> tuple[Path, ...]:
+        """All files that decide what the records are."""
+        beside = (path for p in self.published.beside for path in sorted(self.folder.glob(p)))
+        return tuple(dict.fromkeys((*self.files, *beside)))
 
     def open(self) -> Records:
         """The records, in an order that is always the same. Raises InputError while reading."""
@@ -196,7 +204,7 @@ def find_folder(published: Published, name: str, data_root: str | None) -> Path:
         )
     patterns = [
         f"{published.hub_folder}/{pattern}".lstrip("/")
-        for choices in published.files.values()
+        for choices in (*published.files.values(), published.beside)
         for pattern in choices
     ]
     root = download(published.hub, patterns, name, published.hub_revision)

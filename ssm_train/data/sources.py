@@ -277,7 +277,7 @@ def _published(
         size = {"train": size, "val": max(1, size // 10)}.get(split)
     found = find_split(published, name, split, data_root, size)
     recipe = f"{name} {split} {found.folder.resolve()}"
-    return Source(f"{name} ({split})", found.open, published.task, found.files, recipe)
+    return Source(f"{name} ({split})", found.open, published.task, found.depends_on, recipe)
 
 
 def _of_files(name: str, files: tuple[Path, ...]) -> Source:

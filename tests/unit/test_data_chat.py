@@ -14,7 +14,7 @@ from ssm_train.data import DataSettings
 from ssm_train.data.batches import pack
 from ssm_train.data.examples import tokenize_records
 from ssm_train.data.records import Records
-from ssm_train.data.sources import check_data, find_task, load_task_data
+from ssm_train.data.sources import check_data, find_task, load_task_data, training_texts
 from ssm_train.data.tasks import build_task
 from ssm_train.data.tasks.chat import ChatTask, bind_template
 from ssm_train.data.tasks.corpus import CorpusTask
@@ -201,6 +201,15 @@ def test_a_chat_task_from_a_config(tmp_path: Path, tokenizer):
         bind_template(build_task(spec | {"template": "nowhere.jinja"}), tokenizer)
     with pytest.raises(InputError, match=r"task: unknown key 'templat'"):
         build_task({"type": "chat", "templat": "x"})
+
+
+def test_a_tokenizer_can_be_built_from_chats(tmp_path: Path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    settings = DataSettings(data=str(tmp_path), task={"type": "chat", "template": "plain"})
+    built = build_tokenizer(training_texts(settings), {"type": "word"})
+    data = load_task_data(settings, built, "train", limit=1)
+    assert built.unk_token_id not in data.example_ids(0).tolist()[:-1]
 
 
 def test_chats_are_loaded_with_the_tokenizer_s_template(tmp_path: Path, tokenizer):

@@ -92,7 +92,7 @@ class ChatTask(Settings):
         try:
             rendered: Any = render_jinja_template(
                 conversations=[[dict(message) for message in messages]],
-                chat_template=self.template or PLAIN,
+                chat_template=template_text(self.template) or PLAIN,
                 add_generation_prompt=answering,
                 **self.variables,
             )

@@ -227,6 +227,7 @@ DATASETS = {
         splits=TRAIN_VAL,
         read=partial(read_files, read=read_piqa),
         clean=clean_piqa,
+        beside=("*-labels.lst",),
         source="the files are at https://yonatanbisk.com/piqa",
     ),
     "arc-easy": publish_arc("ARC-Easy"),

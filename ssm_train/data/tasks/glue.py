@@ -247,6 +247,7 @@ def publish(name: str, task: Glue) -> Published:
         files={"train": train, "validation": validation},
         hub="nyu-mll/glue",
         hub_folder=name,
+        beside=("*dev_ids.tsv",) if name == "mrpc" else (),
         read=read,
         clean=partial(clean, task=task),
         source="the files are at https://gluebenchmark.com/tasks",

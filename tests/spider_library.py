@@ -1,5 +1,6 @@
 """A small library as a Spider database: its entry of tables.json, and the SQLite file."""
 
+import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -48,8 +49,6 @@ def write_database(path: Path) -> str:
 
 
 def write_tables(path: Path, *entries: object) -> Path:
-    import json
-
     path.write_text(json.dumps(list(entries or (ENTRY,))), encoding="utf-8")
     return path
 

@@ -1,0 +1,97 @@
+"""Whole runs on chats, plain text and Spider: what is learnt, measured and exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from spider_library import write_database, write_tables
+from tiny_runs import losses, make_records, metrics, train, write_config
+from transformers import AutoTokenizer
+
+from ssm_train.finished import generate_from
+
+WITHOUT_TASK = {"task": None, "val_data": None, "logging_steps": 4}
+
+
+def write_splits(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> str:
+    folder.mkdir()
+    for split, records in rows.items():
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def chat_of(record: dict[str, str]) -> dict[str, Any]:
+    turns = [("user", record["question"]), ("assistant", record["answer"])] * 2
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_chats_train_with_a_template_that_is_saved(packing: bool, tmp_path: Path) -> None:
+    data = write_splits(
+        tmp_path / "chats",
+        {"train": [chat_of(r) for r in make_records(24)], "val": [chat_of(make_records(1, 40)[0])]},
+    )
+    changes: dict[str, Any] = {"packing": True, "tokens_per_batch": 128, "batch_size": None}
+    result = train(
+        write_config(
+            tmp_path, "chat", "gla", data=data,
+            **WITHOUT_TASK | {"task": {"type": "chat", "template": "plain"}},
+            eval_gen={"max_new_tokens": 8}, max_steps=12, eval_steps=12,
+            eval_at_start=True,
+            **(changes if packing else {}),
+        )
+    )  # fmt: skip
+    before, after = losses(result.run_dir, "val")
+    assert after < before
+    assert result.main_metric == "rougeL" and len(result.rows) == 1
+    assert result.rows[0].labels == [make_records(1, 40)[0]["answer"]]
+    tokenizer = AutoTokenizer.from_pretrained(result.run_dir / "model")
+    prompt = tokenizer.apply_chat_template(
+        chat_of(make_records(1, 40)[0])["messages"][:3], tokenize=True,
+        add_generation_prompt=True, return_dict=False,
+    )  # fmt: skip
+    assert result.rows[0].input_ids == prompt
+
+
+def test_text_is_packed_cut_and_measured_by_its_loss(tmp_path: Path) -> None:
+    rows = [{"text": f"{r['question']} => {r['answer']}"} for r in make_records(40)]
+    long = {"text": " ".join(row["text"] for row in rows[:8])}
+    data = write_splits(tmp_path / "text", {"train": [*rows, long], "val": rows[:5]})
+    result = train(
+        write_config(
+            tmp_path, "text", "mamba", data=data, **WITHOUT_TASK,
+            packing=True, tokens_per_batch=64, batch_size=None, max_steps=12, eval_steps=12,
+        )
+    )  # fmt: skip
+    assert result.main_metric == "loss" and result.after["loss"] < losses(result.run_dir)[0]
+    assert not list(result.run_dir.glob("predictions-*"))
+    answers = generate_from(
+        result.run_dir, ["say one"], checkpoint="best", device="cpu", max_new_tokens=4, num_beams=1
+    )
+    assert len(answers) == 1
+
+
+def test_spider_is_measured_on_its_databases(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "spider"
+    (folder / "database" / "library").mkdir(parents=True)
+    write_database(folder / "database" / "library" / "library.sqlite")
+    write_tables(folder / "tables.json")
+    question = {"db_id": "library", "question": "names ?", "query": "SELECT name FROM author"}
+    for name, count in {"train_spider.json": 40, "dev.json": 3}.items():
+        (folder / name).write_text(json.dumps([question] * count), encoding="utf-8")
+    result = train(
+        write_config(
+            tmp_path, "spider", "gla", data="spider-tvt", data_root=str(tmp_path / "data"),
+            **WITHOUT_TASK, eval_gen={"max_new_tokens": 8}, max_steps=24, eval_steps=12,
+            eval_at_start=True, learning_rate=2e-2,
+        )
+    )  # fmt: skip
+    first, *_, last = metrics(result.run_dir, "val")
+    assert first["execution"] == 0 and first["invalid_sql"] == 1
+    assert last["execution"] == last["execution_easy"] == last["exact_match"] == 1
+    assert result.main_metric == "execution" and result.test["execution"] == 1
+    assert (result.run_dir / f"predictions-test-{result.best_step}.jsonl").is_file()
