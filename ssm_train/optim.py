@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -84,27 +85,61 @@ def decays(name: str, parameter: torch.Tensor, no_decay: Iterable[str]) -> bool:
     return not any(f".{name}.".endswith(f".{suffix}.") for suffix in no_decay)
 
 
+LrScale = Callable[[str], float]
+"""Parameter name -> what the learning rate of a step is multiplied by for it."""
+
+
+def same_rate(name: str) -> float:
+    """The LrScale of a run with one learning rate."""
+    return 1.0
+
+
 def parameter_groups(
-    model: nn.Module, settings: OptimSettings, no_decay: Sequence[str]
-) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: with weight decay, and without."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    model: nn.Module,
+    settings: OptimSettings,
+    no_decay: Sequence[str],
+    lr_scale: LrScale = same_rate,
+) -> list[dict[str, Any]]:
+    """Trainable parameters by weight decay or none, and by `lr_scale`, which stays in the group
+    under this name: the loop multiplies each step's learning rate by it."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[decays(name, parameter, no_decay)].append(parameter)
+            key = lr_scale(name), decays(name, parameter, no_decay)
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": params, "weight_decay": settings.weight_decay if decay else 0.0}
-        for decay, params in groups.items()
+        {
+            "params": params,
+            "weight_decay": settings.weight_decay if decay else 0.0,
+            "lr": settings.learning_rate * scale,
+            "lr_scale": scale,
+        }
+        for (scale, decay), params in groups.items()
         if params
     ]
 
 
+def describe_rates(optimizer: torch.optim.Optimizer) -> list[str]:
+    """For the log: a line for each learning rate that is not the run's."""
+    counts: Counter[float] = Counter()
+    for group in optimizer.param_groups:
+        counts[group["lr_scale"]] += len(group["params"])
+    return [
+        f"learning rate x {scale:g} for {count} of {counts.total()} trained tensors"
+        for scale, count in counts.items()
+        if scale != 1
+    ]
+
+
 def build_optimizer(
-    model: nn.Module, settings: OptimSettings, no_decay: Sequence[str]
+    model: nn.Module,
+    settings: OptimSettings,
+    no_decay: Sequence[str],
+    lr_scale: LrScale = same_rate,
 ) -> torch.optim.AdamW:
     """Fused AdamW: on CPU and GPU it skips a step on the device when `found_inf` says so."""
     return torch.optim.AdamW(
-        parameter_groups(model, settings, no_decay),
+        parameter_groups(model, settings, no_decay, lr_scale),
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,

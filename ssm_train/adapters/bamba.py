@@ -36,6 +36,7 @@ class BambaMixer(CachedMixer, stock.BambaMixer):
     """Mamba-2 under other names of configuration: the same parameters, the same forward."""
 
     fp32_names = Mamba2Mixer.fp32_names
+    sites = Mamba2Mixer.sites
     forward = Mamba2Mixer.forward  # type: ignore[assignment]
 
 
@@ -102,6 +103,7 @@ def adopt(model: Any) -> None:
     mixers: list[Any] = [m for m in model.modules() if isinstance(m, BambaMixer)]
     for mixer in mixers:
         mixer.norm.group_size = mixer.intermediate_size // mixer.n_groups
+        common.add_sites(mixer, mixer.sites)
 
 
 class BambaAdapter:

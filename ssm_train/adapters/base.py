@@ -53,7 +53,7 @@ class ModelSettings(Settings):
     kernels: KernelChoice = "auto"
     """Implementation of the mixers' operations."""
     backend: str = "cuda"
-    """Kept for old configs: "cuda" means the fastest kernels there are."""
+    """Kept for old configs: another name than "cuda" means `kernels: reference`."""
     gradient_checkpointing: bool = False
     """Recompute the layers in the backward pass to save memory."""
     logits_to_keep: int | None = Field(default=None, ge=0)
@@ -168,7 +168,11 @@ class PeftMethod(Protocol):
     def calibrate(
         self, prepared: Prepared, batches: Iterable[Batch], token_losses: TokenLosses
     ) -> None:
-        """For methods that look at data before training; others do nothing."""
+        """For methods that look at data before training; others do nothing. All ranks.
+
+        `batches`: the training examples, one a batch, without an end and on every rank the same.
+        A resumed run calls `restore_base` instead.
+        """
         ...
 
     def stages(self) -> tuple[str, ...]:

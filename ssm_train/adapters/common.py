@@ -5,6 +5,7 @@ How checkpoints, tokenizers and configurations are read is in `loading.py`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,21 @@ def retype(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -
             module.__class__ = new_type
             count += 1
     return count
+
+
+class Site(nn.Module):
+    """A place in a mixer where a PEFT method may step in. It has no parameters and changes
+    nothing: the value that it gets is the value that it gives."""
+
+    def forward(self, value: Tensor | None, *context: Tensor) -> Tensor | None:
+        return value
+
+
+def add_sites(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Gives a mixer its sites, unless it has them."""
+    for name in names:
+        if not hasattr(module, name):
+            module.add_module(name, Site())
 
 
 class Fp32BiasLinear(nn.Linear):
@@ -84,7 +100,9 @@ def cast_storage(model: nn.Module, dtype: torch.dtype, keep_fp32: tuple[str, ...
 
 def enable_gradient_checkpointing(model: Any) -> None:
     """Recomputes each layer in the backward pass. Non-reentrant: frozen inputs need no gradient."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():  # the new name is not in the oldest transformers that we take
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def finish(model: Any, spec: ModelSpec, tokenizer: Any, traits: Traits) -> nn.Module:

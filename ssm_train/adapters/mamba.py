@@ -191,6 +191,7 @@ def adopt(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (MambaMixer, Mamba2Mixer)):
             common.retype(module, {nn.Conv1d: common.CausalConv1d})
+            common.add_sites(module, module.sites)
         if isinstance(module, MambaMixer):
             layer = getattr(module.dt_proj, "base_layer", module.dt_proj)  # under a PEFT layer
             common.retype(layer, {nn.Linear: common.Fp32BiasLinear})

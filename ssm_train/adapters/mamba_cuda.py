@@ -105,12 +105,14 @@ def ssd_triton(
     D: Tensor | None = None,
     chunk_size: int = 256,
 ) -> tuple[Tensor, Tensor | None]:
-    """`kernels.ssd` by mamba_ssm's Triton kernels; one token at a time takes the plain path."""
-    if x.shape[1] == 1:
+    """`kernels.ssd` by mamba_ssm's Triton kernels. One token at a time takes the plain path, and so
+    does a trained initial state, which is one for all rows and documents."""
+    trained = initial_state is not None and (initial_state.requires_grad or cu_seqlens is not None)
+    if x.shape[1] == 1 or trained or (initial_state is not None and len(initial_state) != len(x)):
         return ssd(
-            x, dt, A, B, C, D=D, initial_state=initial_state, output_final_state=output_final_state
-        )
-    assert cu_seqlens is None or initial_state is None, "packed rows start from zero"
+            x, dt, A, B, C, D=D, initial_state=initial_state,
+            output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
     documents = None
     if cu_seqlens is not None:
         tokens = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)

@@ -23,6 +23,14 @@ class CachedMixer:
     """What the two mixers share: the dtype check, padding, the convolution and the cache."""
 
     fp32_names: tuple[str, ...]
+    sites: tuple[str, ...]
+    """Names of its `common.Site` modules, of these:"""
+    log_decay: common.Site
+    skip: common.Site
+    step_bias: common.Site
+    initial_window: common.Site
+    initial_state: common.Site
+    offset: common.Site
     dtype_checked = False
     fast = False
     """Use mamba_ssm's kernels for tensors on a GPU."""
@@ -35,28 +43,38 @@ class CachedMixer:
     def _convolve(
         self: Any, x: Tensor, real: Tensor | None, cache: Any, cu_seqlens: Tensor | None
     ) -> Tensor:
-        """Convolution and activation of x [B, T, d], after the cached inputs if there are any."""
+        """Convolution and activation of x [B, T, d], after the cached inputs if there are any,
+        else after the initial window."""
         if real is not None:
             x = x.masked_fill(~real, 0)
         width = self.conv1d.kernel_size[0]
-        window = None
+        inputs = x  # what the cache takes
         if cache is not None and cache.has_previous_state(self.layer_idx):
             past = cache.layers[self.layer_idx].conv_states[0]  # [B, d, >= W]
             window = past[..., past.shape[-1] - width + 1 :]
+        elif (window := self.initial_window(None)) is not None:  # [1, d, W - 1]
+            if real is not None:
+                window, x = lay_window(window, x, real)
+            inputs = torch.cat([window.mT.to(x.dtype).expand(len(x), -1, -1), x], 1)
         fused = "silu" if self.activation in ("silu", "swish") else None
         y, _ = self.conv1d(x, window, cu_seqlens, activation=fused)
         if cache is not None:  # after the convolution: the cache is updated in place
-            cache.update_conv_state(x.mT, self.layer_idx, conv_kernel_size=width)
+            cache.update_conv_state(inputs.mT, self.layer_idx, conv_kernel_size=width)
         return y if fused else self.act(y)
 
     def _past_state(self: Any, cache: Any) -> Tensor | None:
-        if cache is None:
-            return None
-        return cache.layers[self.layer_idx].recurrent_states[0]
+        """The cached state, else the initial one."""
+        if cache is not None and cache.has_previous_state(self.layer_idx):
+            return cache.layers[self.layer_idx].recurrent_states[0]
+        return self.initial_state(None)
 
 
 class MambaMixer(CachedMixer, stock1.MambaMixer):
     fp32_names = ("A_log", "D", "dt_proj.bias")
+    sites = (
+        *("log_decay", "skip"),
+        *("initial_window", "initial_state", "offset"),
+    )
 
     def forward(
         self,
@@ -68,6 +86,7 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
     ) -> Tensor:
         self._check_dtype()
         real = real_positions(hidden_states, attention_mask)
+        past = self._past_state(cache_params)  # before the convolution fills its cache
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # [B, T, d]
         x = self._convolve(x, real, cache_params, cu_seqlens)
         dt, B, C = self.x_proj(x).split(
@@ -79,15 +98,17 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
             y, state = scan(
                 x,
                 dt,
-                -torch.exp(self.A_log),
+                -torch.exp(self.log_decay(self.A_log)),
                 B,
                 C,
-                D=self.D,
+                D=self.skip(self.D),
                 z=z,
-                initial_state=self._past_state(cache_params),
+                initial_state=past,
                 output_final_state=cache_params is not None,
                 cu_seqlens=cu_seqlens,
             )
+            if (offset := self.offset(None, C)) is not None:  # [B, T, d]
+                y = y + (F.silu(z.float()) * offset).to(y.dtype)
         if cache_params is not None:
             cache_params.update_recurrent_state(state, self.layer_idx)
         return self.out_proj(y)
@@ -95,6 +116,7 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
 
 class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
     fp32_names = ("A_log", "D", "dt_bias")
+    sites = ("log_decay", "skip", "step_bias", "initial_window", "initial_state")
 
     def forward(
         self,
@@ -109,21 +131,23 @@ class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
         z, xBC, dt = self.in_proj(hidden_states).split(
             [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
         )
+        past = self._past_state(cache_params)  # before the convolution fills its cache
         xBC = self._convolve(xBC, real, cache_params, cu_seqlens)
         groups = self.n_groups * self.ssm_state_size
         x, B, C = xBC.split([self.intermediate_size, groups, groups], dim=-1)
         # The bias promotes dt to fp32 before the softplus.
-        dt = step_sizes(dt + self.dt_bias, real, *self.time_step_limit)  # [B, T, heads]
+        bias = self.step_bias(self.dt_bias)
+        dt = step_sizes(dt + bias, real, *self.time_step_limit)  # [B, T, heads]
         scan = ssd_triton if self.fast and x.is_cuda else ssd
         with torch.autocast(x.device.type, enabled=False):
             y, state = scan(
                 x.unflatten(-1, (self.num_heads, self.head_dim)),
                 dt,
-                -torch.exp(self.A_log),
+                -torch.exp(self.log_decay(self.A_log)),
                 B.unflatten(-1, (self.n_groups, self.ssm_state_size)),
                 C.unflatten(-1, (self.n_groups, self.ssm_state_size)),
-                D=self.D,
-                initial_state=self._past_state(cache_params),
+                D=self.skip(self.D),
+                initial_state=past,
                 output_final_state=cache_params is not None,
                 cu_seqlens=cu_seqlens,
             )
@@ -137,6 +161,21 @@ def real_positions(hidden: Tensor, attention_mask: Tensor | None) -> Tensor | No
     if attention_mask is None:
         return None
     return attention_mask[:, -hidden.shape[1] :, None].bool()
+
+
+def lay_window(window: Tensor, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Lays the initial window right before the first real token of each row.
+
+    window [1, d, W - 1]; x [B, T, d], zero on padding; real [B, T, 1]. Returns the windows before
+    the rows [B, d, W - 1], and x with what of the window falls on its padding on the left.
+    """
+    before, rows = window.shape[-1], x.shape[0]
+    laid = torch.cat([x.new_zeros(rows, before, x.shape[-1]), x], 1)  # [B, W - 1 + T, d]
+    padding = real.squeeze(-1).int().argmax(1)  # [B] tokens before the first real one
+    places = padding[:, None] + torch.arange(before, device=x.device)  # [B, W - 1]
+    values = window.mT.to(x.dtype).expand(rows, -1, -1)
+    laid = laid.scatter(1, places[..., None].expand_as(values), values)
+    return laid[:, :before].mT, laid[:, before:]
 
 
 def step_sizes(

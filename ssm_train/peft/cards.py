@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ssm_train.peft.tuner import OwnConfig
+
 ADAPTER = """\
 ---
 {base}library_name: peft
@@ -32,6 +34,23 @@ call every adapted module. For an install without ssm_train, write full weights 
 `ssm-train merge`.
 """
 
+OWN = """\
+---
+{base}library_name: peft
+tags:
+- {tag}
+- ssm_train
+---
+# {method} for {name}
+{count} modules trained by the method {method} of ssm_train ({where}). PEFT alone does not know the
+type and stops with an error; `import ssm_train.peft` teaches it.
+```python
+{imports}
+model = AutoModelForCausalLM.from_pretrained({id!r})
+model = PeftModel.from_pretrained(model, "path/of/this/directory")
+```
+"""
+
 MERGED = """\
 ---
 {base}library_name: transformers
@@ -54,12 +73,10 @@ effect, which is why these weights exist.
 def adapter_card(config: Any, model: nn.Module) -> str:
     """Model card of an exported adapter, from its PEFT config and the model it was trained on."""
     name = one_line(config.base_model_name_or_path or "its base model")
+    if isinstance(config, OwnConfig):
+        return own_card(config, model, name)
     targets = config.target_modules
     ssm_lora = str(config.peft_type.value) != "LORA"
-    of_fla = any(cls.__module__.startswith("fla.") for cls in type(model).__mro__)
-    imports = ["import fla.models  # the base model's classes"] if of_fla else []
-    imports += ["import ssm_train.peft"] if ssm_lora else []
-    imports += ["from peft import PeftModel", "from transformers import AutoModelForCausalLM"]
     return ADAPTER.format(
         base=base_line(name),
         name=name,
@@ -68,8 +85,32 @@ def adapter_card(config: Any, model: nn.Module) -> str:
         rank=config.r,
         targets=targets if isinstance(targets, str) else ", ".join(sorted(targets)),
         note=SSM_NOTE if ssm_lora else "",
-        imports="\n".join(imports),
+        imports=import_lines(model, ssm_lora),
     )
+
+
+def own_card(config: OwnConfig, model: nn.Module, name: str) -> str:
+    """Model card of an adapter of one of our own methods."""
+    modules = config.modules or []
+    return OWN.format(
+        base=base_line(name),
+        name=name,
+        id=name,
+        tag=config.tuner.peft_name.lower(),
+        method=config.tuner.peft_name,
+        count=len(modules),
+        where=", ".join(sorted({module.rpartition(".")[2] for module in modules})),
+        imports=import_lines(model, True),
+    )
+
+
+def import_lines(model: nn.Module, ssm_train: bool) -> str:
+    """What a script imports to load an adapter onto a model like this."""
+    of_fla = any(cls.__module__.startswith("fla.") for cls in type(model).__mro__)
+    lines = ["import fla.models  # the base model's classes"] if of_fla else []
+    lines += ["import ssm_train.peft"] if ssm_train else []
+    lines += ["from peft import PeftModel", "from transformers import AutoModelForCausalLM"]
+    return "\n".join(lines)
 
 
 def merged_card(base_id: str, difference: float, tokens: int, dtype: str, ssm_lora: bool) -> str:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ssm_train.peft.lora import lora_layers
+from ssm_train.peft.tuner import own_layers
 
 
 @dataclass(frozen=True)
 class Coverage:
     """Counts of adapted layers and trainable parameters. `str()` is one line for the log."""
 
+    method: str
+    """LoRA, or the peft_type of one of our own methods."""
     ranks: tuple[int, ...]
     adapted: int
+    """Layers that the method sits on."""
     linear_layers: int
     """Linear layers of the model, adapted or not, without the output head unless adapted."""
     trainable: int
@@ -27,16 +32,22 @@ class Coverage:
 
     def __str__(self) -> str:
         rank = "/".join(str(r) for r in self.ranks)
-        return (
+        where = (
             f"LoRA r={rank} on {self.adapted} of {self.linear_layers} linear layers of the mixers "
-            f"and MLPs, {count_text(self.trainable)} of {count_text(self.parameters)} parameters "
+            "and MLPs"
+            if self.ranks
+            else f"{self.method} at {self.adapted} places ({', '.join(self.patterns)})"
+        )
+        return (
+            f"{where}, {count_text(self.trainable)} of {count_text(self.parameters)} parameters "
             f"({self.trainable / max(self.parameters, 1):.1%})"
         )
 
 
 def measure_coverage(model: nn.Module) -> Coverage:
     """Counts what is adapted in a model after injection. Sharded parameters count in full."""
-    layers = lora_layers(model)
+    own = own_layers(model)
+    layers: dict[str, Any] = own or lora_layers(model)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
     inside = tuple(f"{name}." for name in layers)
@@ -48,8 +59,11 @@ def measure_coverage(model: nn.Module) -> Coverage:
     patterns = Counter(
         re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model.")) for name in layers
     )
+    ranks = () if own else sorted({r for layer in layers.values() for r in layer.r.values()})
+    configs = getattr(model, "peft_config", {})
     return Coverage(
-        ranks=tuple(sorted({r for layer in layers.values() for r in layer.r.values()})),
+        method=configs["default"].peft_type.value if own else "LoRA",
+        ranks=tuple(ranks),
         adapted=len(layers),
         linear_layers=len(layers) + untouched,
         trainable=trainable,

@@ -19,8 +19,9 @@ from ssm_train.adapters.base import Traits
 from ssm_train.adapters.common import matches
 from ssm_train.errors import InputError
 from ssm_train.peft.cards import adapter_card
-from ssm_train.peft.lora import lora_layers, quiet_peft
+from ssm_train.peft.lora import CHANGES_BASE, lora_layers, quiet_peft
 from ssm_train.peft.registration import SSM_LORA
+from ssm_train.peft.tuner import OwnConfig, own_layers
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -52,7 +53,7 @@ def export_adapter(
     tensors = get_peft_model_state_dict(
         model, state_dict=None if state is None else dict(state), save_embedding_layers=False
     )
-    if str(config.init_lora_weights).startswith(("pissa", "olora")):
+    if str(getattr(config, "init_lora_weights", "")).startswith(CHANGES_BASE):
         assert initial, f"exporting {config.init_lora_weights} needs LoraMethod.initial"
         tensors = _subtract_start(tensors, initial)
         _double_rank(config)
@@ -127,12 +128,13 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
 
 
 def needs_ssm_lora(model: nn.Module, traits: Traits) -> bool:
-    """Whether stock PEFT on the stock model would refuse this adapter or leave a part of it dead.
+    """Whether stock PEFT on the stock model would refuse this adapter or leave a part of it dead,
+    as it would those of our own methods.
 
     (GLA: stock fla calls a fused op with `down_proj.weight`; Mamba: pitfalls of its kernels.)
     """
     suffixes = traits.refused_targets + traits.raw_weight_reads
-    return any(matches(name, suffixes) for name in lora_layers(model))
+    return bool(own_layers(model)) or any(matches(name, suffixes) for name in lora_layers(model))
 
 
 def _subtract_start(
@@ -164,11 +166,12 @@ def _double_rank(config: Any) -> None:
 def _describe(config: Any, base_id: str | None, revision: str | None, ssm_lora: bool) -> None:
     from peft.utils import PeftType
 
-    config.peft_type = PeftType(SSM_LORA) if ssm_lora else PeftType.LORA
     config.base_model_name_or_path = base_id or None
     config.revision = revision
-    config.init_lora_weights = True
     config.inference_mode = True
+    if not isinstance(config, OwnConfig):
+        config.peft_type = PeftType(SSM_LORA) if ssm_lora else PeftType.LORA
+        config.init_lora_weights = True
 
 
 def _as_json(config: Any) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""LoRA (arXiv 2106.09685), rsLoRA, DoRA, PiSSA and OLoRA through Hugging Face PEFT, on every
-projection of every family; what may be adapted and what cannot be.
+"""LoRA (arXiv 2106.09685) and its variants through Hugging Face PEFT, on every projection of every
+family: their settings, how they start, what they keep of the base.
 """
 
 from __future__ import annotations
@@ -8,22 +8,30 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
 from ssm_train.adapters.base import Batch, Prepared, TokenLosses
+from ssm_train.peft.lora_ga import check_ranks, start_along_gradients
 from ssm_train.peft.targets import resolve_targets
 from ssm_train.settings import Settings
 
-INITS = "true, gaussian, orthogonal, pissa, pissa_niter_<number>, olora"
+INITS = "true, gaussian, orthogonal, pissa, pissa_niter_<number>, olora, lora_ga"
+CHANGES_BASE = ("pissa", "olora", "lora_ga")
+"""How the names of inits begin that move a part of the base weight into the factors."""
+LORA_GA = (
+    *("loraga_batch_size", "loraga_steps", "loraga_layerwise", "loraga_stable_c"),
+    "direction",
+)
+"""Settings that only init_lora_weights lora_ga reads."""
 
 
 class LoraSettings(Settings):
-    """The keys of a LoRA JSON, under the names of PEFT's LoraConfig."""
+    """The keys of a LoRA JSON, under the names of PEFT's LoraConfig where it has them."""
 
     r: int = Field(default=8, ge=1)
     """Rank."""
@@ -42,7 +50,7 @@ class LoraSettings(Settings):
     layers_pattern: list[str] | str | None = None
     """Name of the list of layers, when it is not found by itself."""
     init_lora_weights: bool | str = True
-    """Initialisation: true, gaussian, orthogonal, pissa, pissa_niter_<number>, olora."""
+    """Initialisation: true, gaussian, orthogonal, pissa, pissa_niter_<number>, olora, lora_ga."""
     use_rslora: bool = False
     """Rank-stabilized scaling (arXiv 2312.03732)."""
     use_dora: bool = False
@@ -51,6 +59,18 @@ class LoraSettings(Settings):
     """Rank by module name or regular expression, where it is not `r`."""
     alpha_pattern: dict[str, float] = {}
     """Alpha by module name or regular expression, where it is not `lora_alpha`."""
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+ (arXiv 2402.12354): learning rate of B over that of A; None: 1."""
+    loraga_batch_size: int = Field(default=1, ge=1)
+    """LoRA-GA: training examples in a gradient step."""
+    loraga_steps: int = Field(default=1, ge=1)
+    """LoRA-GA: gradient steps whose mean is decomposed."""
+    loraga_layerwise: bool = False
+    """LoRA-GA: gradients of one layer at a time: less memory, a pass for each layer."""
+    loraga_stable_c: float = Field(default=1.0, gt=0)
+    """LoRA-GA: the start has scale * norm(B A) = sqrt(loraga_stable_c)."""
+    direction: Literal["ArB2r", "legacy"] = "ArB2r"
+    """LoRA-GA: singular vectors in A and B; ArB2r is the paper's."""
 
     @field_validator("target_modules", "modules_to_save", "layers_to_transform")
     @classmethod
@@ -64,7 +84,7 @@ class LoraSettings(Settings):
     def _known_init(cls, value: bool | str) -> bool | str:
         if isinstance(value, str):
             value = {"true": True, "default": True}.get(value.lower(), value.lower())
-        known = value is True or value in ("gaussian", "orthogonal", "pissa", "olora")
+        known = value is True or value in ("gaussian", "orthogonal", "pissa", "olora", "lora_ga")
         if not known and not re.fullmatch(r"pissa_niter_\d+", str(value)):
             raise ValueError(f"it should be one of {INITS}")
         return value
@@ -77,6 +97,16 @@ class LoraSettings(Settings):
             if value <= 0:
                 raise ValueError(f"{pattern!r} should be more than 0")
         return patterns
+
+    @field_validator(*LORA_GA)
+    @classmethod
+    def _only_for_lora_ga(cls, value: Any, info: ValidationInfo) -> Any:
+        init = info.data.get("init_lora_weights", "lora_ga")  # missing: reported already
+        if init != "lora_ga":
+            raise ValueError(
+                f"it has no effect with init_lora_weights {init}; set that to lora_ga, or remove it"
+            )
+        return value
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> LoraSettings:
@@ -99,7 +129,12 @@ class LoraSettings(Settings):
     @property
     def changes_base(self) -> bool:
         """Whether the initialisation moves a part of the base weight into the factors."""
-        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+        return str(self.init_lora_weights).startswith(CHANGES_BASE)
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether the factors are found by `calibrate`, and not at injection."""
+        return self.init_lora_weights == "lora_ga"
 
 
 class LoraMethod:
@@ -108,7 +143,7 @@ class LoraMethod:
     def __init__(self, settings: LoraSettings) -> None:
         self.settings = settings
         self.initial: dict[str, Tensor] = {}
-        """After `inject`: A and B as they started, if that changed the base; else empty."""
+        """A and B as they started, once that changed the base; else empty."""
 
     def inject(self, prepared: Prepared) -> None:
         """Wraps `prepared.model`; only the new factors are trainable, and they are fp32.
@@ -122,34 +157,51 @@ class LoraMethod:
 
         model, settings = prepared.model, self.settings
         targets = resolve_targets(model, prepared.traits, settings)
+        if settings.starts_from_data:
+            check_ranks(model, targets, settings)
         with warnings.catch_warnings():
             # PEFT's own conversion cannot undo PiSSA with rsLoRA and patterns; our export can.
             warnings.filterwarnings("ignore", message="Using Rank-Stabilized LoRA with")
             config = SsmLoraConfig(
                 task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
                 target_modules=targets,
-                **settings.model_dump(exclude={"target_modules"}),
+                **settings.model_dump(exclude={"target_modules", "loraplus_lr_ratio", *LORA_GA}),
             )
         with quiet_peft():
             prepared.model = get_peft_model(model, config)
         for parameter in prepared.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        if settings.changes_base:
-            _share_start(prepared.model)
-            self.initial = snapshot_initial(prepared.model)
+        if settings.changes_base and not settings.starts_from_data:
+            self._keep_start(prepared.model)
 
     def calibrate(
         self, prepared: Prepared, batches: Iterable[Batch], token_losses: TokenLosses
     ) -> None:
-        """Nothing: the start depends on the weights alone."""
+        """LoRA-GA: factors from the gradients of a few examples, once; else nothing. All ranks.
+
+        Raises InputError for a gradient that is not finite.
+        """
+        if self.settings.starts_from_data and not self.initial:
+            model = prepared.model
+            start_along_gradients(lora_layers(model), model, batches, token_losses, self.settings)
+            self._keep_start(model)
+
+    def _keep_start(self, model: nn.Module) -> None:
+        _share_start(model)
+        self.initial = snapshot_initial(model)
+
+    def lr_scale(self, name: str) -> float:
+        """LoRA+: what the learning rate is multiplied by for the parameter of this name."""
+        is_B = {"lora_B", "lora_embedding_B"} & set(name.split("."))
+        return self.settings.loraplus_lr_ratio or 1.0 if is_B else 1.0
 
     def stages(self) -> tuple[str, ...]:
         return ("train",)
 
     def changed_base(self, model: nn.Module) -> dict[str, Tensor]:
-        """PiSSA, OLoRA: the base weights that gave a part away, and the factors that took it."""
-        if not self.settings.changes_base:
+        """The base weights that gave a part away, and the factors that took it, as they began."""
+        if not self.initial:
             return {}
         return {
             **{f"initial.{name}": tensor for name, tensor in self.initial.items()},
@@ -189,7 +241,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 def snapshot_initial(model: nn.Module) -> dict[str, Tensor]:
     """Copies of A and B under the names they have in an exported adapter file, on the CPU.
 
-    Taken right after injection; `export_adapter` needs them when the base was changed.
+    Taken before training; `export_adapter` needs them when the base was changed.
     """
     from peft import get_peft_model_state_dict
 

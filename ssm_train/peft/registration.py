@@ -1,5 +1,5 @@
-"""SSM_LORA inside Hugging Face PEFT: LoRA for models whose forwards reach every adapted matrix.
-The only file that extends PEFT's own tables.
+"""Our types inside Hugging Face PEFT: SSM_LORA, which is LoRA for models whose forwards reach every
+adapted matrix, and our own methods. The only file that extends PEFT's own tables.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from peft.utils import PeftType, register_peft_method
 from torch import nn
 
 from ssm_train.errors import InputError
+from ssm_train.peft.bitfit import BitFitModel
+from ssm_train.peft.initial_state import InitialStateModel
+from ssm_train.peft.layer_freeze import LayerFreezeModel
+from ssm_train.peft.state_offset import StateOffsetModel
+from ssm_train.peft.tuner import OwnConfig, make_config_class
 
 SSM_LORA = "SSM_LORA"
 
@@ -65,24 +70,35 @@ class SsmLoraModel(LoraModel):
         """
 
 
+CONFIGS: dict[str, type[OwnConfig]] = {
+    tuner.peft_name: make_config_class(tuner)
+    for tuner in (LayerFreezeModel, BitFitModel, InitialStateModel, StateOffsetModel)
+}
+"""peft_type -> PEFT configuration of our own methods."""
+
+
 def register() -> None:
-    """Adds SSM_LORA to PEFT's enumeration and tables; a second call changes nothing."""
-    if SSM_LORA not in PeftType._value2member_map_:
-        _extend_enumeration()
-    if PeftType(SSM_LORA) not in PEFT_TYPE_TO_TUNER_MAPPING:
+    """Adds SSM_LORA and our own methods to PEFT's enumeration and tables; a second call changes
+    nothing."""
+    _add(SSM_LORA, SsmLoraConfig, SsmLoraModel)
+    for name, config_class in CONFIGS.items():
+        _add(name, config_class, config_class.tuner)
+
+
+def _add(name: str, config_class: Any, tuner: Any) -> None:
+    if name not in PeftType._value2member_map_:
+        _extend_enumeration(name)
+    if PeftType(name) not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(
-            name=SSM_LORA.lower(),
-            config_cls=SsmLoraConfig,
-            model_cls=SsmLoraModel,
-            prefix=LoraModel.prefix,
+            name=name.lower(), config_cls=config_class, model_cls=tuner, prefix=tuner.prefix
         )
 
 
-def _extend_enumeration() -> None:
+def _extend_enumeration(name: str) -> None:
     # Python closes an enumeration with members; these are the places where a member is looked up.
-    member: Any = str.__new__(PeftType, SSM_LORA)
-    member._name_ = member._value_ = SSM_LORA
-    PeftType._member_names_.append(SSM_LORA)
-    PeftType._member_map_[SSM_LORA] = member
-    PeftType._value2member_map_[SSM_LORA] = member
-    type.__setattr__(PeftType, SSM_LORA, member)
+    member: Any = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from pydantic import ValidationError
 from ssm_train.adapters.base import PeftMethod
 from ssm_train.errors import InputError, near
 from ssm_train.peft.lora import LoraMethod, LoraSettings
+from ssm_train.peft.registration import CONFIGS
+from ssm_train.peft.tuner import OwnMethod
 from ssm_train.settings import Settings
 from ssm_train.strict_yaml import read_document
 
 Method = tuple[type[Settings], Callable[[Any], PeftMethod]]
 
-METHODS: dict[str, Method] = {"LORA": (LoraSettings, LoraMethod)}
+METHODS: dict[str, Method] = {"LORA": (LoraSettings, LoraMethod)} | {
+    name: (config_class.tuner.settings_class, partial(OwnMethod, config_class))
+    for name, config_class in CONFIGS.items()
+}
 """peft_type -> the settings it takes, the method it is."""
 
 # What PEFT writes into every adapter_config.json; says nothing about how to train.
@@ -44,44 +50,70 @@ class PeftSpec:
         """The method, ready to be injected into one model."""
         return METHODS[self.peft_type][1](self.settings)
 
+    def dump(self) -> dict[str, Any]:
+        """The settings that are no defaults, by their JSON names; `load_peft` reads them back."""
+        return {"peft_type": self.peft_type, **self.settings.model_dump(exclude_defaults=True)}
+
 
 def load_peft(
-    peft: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any] | None = None
+    peft: str | Path | Mapping[str, Any] | None,
+    overrides: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, str] | None = None,
 ) -> PeftSpec | None:
     """Reads a PEFT JSON (or takes its mapping) and lays the overrides over it.
 
     `overrides` holds settings by their JSON name, as the HP_* variables set them, and
-    `pissa_fast`. None for `peft` is full fine-tuning: the result is None. Raises InputError.
+    `pissa_fast`; `provenance` says where ("peft_overrides.r" -> "HP_PEFT_R"). None for `peft` is
+    full fine-tuning: the result is None. Raises InputError.
     """
     if peft is None:
         return None
     if isinstance(peft, Mapping):
         source, values = "peft", dict(peft)
     else:
-        source, values = str(peft), {str(k): v for k, v in read_document(Path(peft)).values.items()}
+        source, values = str(peft), _read_file(Path(peft))
+    places = provenance or {}
     changes = {key: value for key, value in (overrides or {}).items() if value is not None}
-    peft_type = _method_name(source, values.pop("peft_type", None), changes.pop("peft_type", None))
+    written, override = values.pop("peft_type", None), changes.pop("peft_type", None)
+    if override is None:
+        peft_type = _method_name(source, written)
+    else:
+        peft_type = _method_name(places.get("peft_overrides.peft_type", "peft_overrides"), override)
     schema = METHODS[peft_type][0]
     if peft_type == "LORA":
         values = _without_inert_keys(source, values)
         values, changes = _apply_pissa_fast(values, changes)
+    else:
+        values = {key: value for key, value in values.items() if key not in BOOKKEEPING}
     for key in changes:
         if key not in schema.model_fields:
-            raise InputError(f"peft_overrides.{key} has no meaning for peft_type {peft_type}")
+            raise InputError(f"{_name(key, places)} has no meaning for peft_type {peft_type}")
     try:
         settings = schema.model_validate(values | changes)
     except ValidationError as error:
-        raise InputError(_explain(error, source, peft_type, schema, changes)) from None
+        names = {key: _name(key, places) for key in changes}
+        raise InputError(_explain(error, source, peft_type, schema, names)) from None
     return PeftSpec(peft_type, settings, source)
 
 
-def _method_name(source: str, written: Any, override: Any) -> str:
-    """The method's name in METHODS; an override wins. Raises InputError for unknown ones."""
-    given = written if override is None else override
-    where = source if override is None else "HP_PEFT_TYPE"
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return {str(key): value for key, value in read_document(path).values.items()}
+    except InputError as error:
+        raise InputError(f"peft: {error}") from None
+
+
+def _name(key: str, places: Mapping[str, str]) -> str:
+    """An override in messages, with where it was set."""
+    where = places.get(f"peft_overrides.{key}")
+    return f"{where}: {key}" if where else f"peft_overrides.{key}"
+
+
+def _method_name(where: str, given: Any) -> str:
+    """The method's name in METHODS. Raises InputError for unknown ones."""
     exists = f"there is {', '.join(METHODS)}"
     if given is None:
-        raise InputError(f"{source}: peft_type is missing; {exists}")
+        raise InputError(f"{where}: peft_type is missing; {exists}")
     name = OLD_NAMES.get(str(given).lower(), str(given).upper())
     if name == "SSM_LORA":  # how an exported adapter calls LoRA
         name = "LORA"
@@ -133,9 +165,10 @@ def _explain(
     source: str,
     peft_type: str,
     schema: type[Settings],
-    changes: Mapping[str, Any],
+    names: Mapping[str, str],
 ) -> str:
-    """One line per problem: where, which key, its value, what was wrong with it."""
+    """One line per problem: where, which key, its value, what was wrong with it; `names`: of
+    overrides."""
     lines: dict[str, None] = {}
     for item in error.errors():
         path = [str(part) for part in item["loc"]]
@@ -143,7 +176,7 @@ def _explain(
             lines[f"{source}: {item['msg'].removeprefix('Value error, ')}"] = None
             continue
         key = path[0]
-        where = f"peft_overrides.{key}" if key in changes else f"{source}: {key}"
+        where = names.get(key, f"{source}: {key}")
         if item["type"] == "extra_forbidden":
             hint = near(key, schema.model_fields)
             lines[f"{source}: unknown key {key!r} for peft_type {peft_type}{hint}"] = None

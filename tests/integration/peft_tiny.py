@@ -111,8 +111,8 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
     return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_batch(rows: int = 2, length: int = 13) -> Batch:
-    ids = tokens(rows, length)
+def make_batch(rows: int = 2, length: int = 13, seed: int = 1) -> Batch:
+    ids = tokens(rows, length, seed=seed)
     positions = torch.arange(rows * length).view(rows, length)[:, :-1].flatten()
     return Batch(
         input_ids=ids,

@@ -1,6 +1,7 @@
 """The PEFT config: the old JSON format, the overrides, and one clear line for every mistake."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ def test_reads_what_peft_itself_writes(tmp_path):
             (8, 16, False, "pissa"),
         ),
         ({"peft_type": "SD_LORA"}, {"peft_type": "lora"}, (8, 16, False, True)),
+        ({}, {"init_lora_weights": "lora_ga", "loraga_steps": 4}, (8, 16, False, "lora_ga")),
     ],
 )
 def test_overrides_win(written, overrides, expected):
@@ -104,7 +106,7 @@ def test_overrides_win(written, overrides, expected):
         ({"target_module": ["q_proj"]}, {}, r"unknown key 'target_module'.*'target_modules'"),
         ({"peft_type": None}, {}, "peft_type is missing; there is LORA"),
         ({"peft_type": "LORAA"}, {}, r"unknown peft_type 'LORAA'; there is LORA.*'LORA'"),
-        ({}, {"peft_type": "sdlora"}, "HP_PEFT_TYPE: unknown peft_type 'sdlora'; there is LORA"),
+        ({}, {"peft_type": "sdlora"}, "peft_overrides: unknown peft_type 'sdlora'; there is LORA"),
         ({"r": "8"}, {}, "r is '8'"),
         ({"r": 0}, {}, "r is 0, but should be greater than or equal to 1"),
         ({}, {"lora_dropout": 1.0}, r"peft_overrides.lora_dropout is 1.0"),
@@ -120,13 +122,37 @@ def test_overrides_win(written, overrides, expected):
         ({"alpha_pattern": {"(": 1.0}}, {}, "not a regular expression"),
         ({"lora_bias": True}, {}, "lora_bias is True.*remove it"),
         ({"bias": "all"}, {}, "bias is 'all'.*remove it"),
-        ({}, {"loraga_steps": 4}, "peft_overrides.loraga_steps has no meaning"),
+        (
+            {},
+            {"loraga_steps": 4},
+            "peft_overrides.loraga_steps is 4, .* no effect with init.* True",
+        ),
+        ({"direction": "legacy"}, {"init_lora_weights": "pissa"}, "direction is 'legacy'.*pissa"),
+        ({"init_lora_weights": "lora_ga", "direction": "A2rBr"}, {}, "direction is 'A2rBr'.*ArB2r"),
+        ({"init_lora_weights": "lora_ga"}, {"loraga_stable_c": 0.0}, "loraga_stable_c is 0.0"),
+        ({"loraplus_lr_ratio": 0}, {}, "loraplus_lr_ratio is 0"),
     ],
 )
 def test_bad_config_is_one_line(config, overrides, message):
     with pytest.raises(InputError, match=message) as error:
         load_peft(OLD | config, overrides)
     assert "\n" not in str(error.value)
+
+
+def test_an_override_is_named_by_where_it_was_set():
+    places = {"peft_overrides.init_lora_weights": "HP_INIT", "peft_overrides.peft_type": "HP_X"}
+    with pytest.raises(InputError, match="^HP_INIT: init_lora_weights is 'pisa'"):
+        load_peft(OLD, {"init_lora_weights": "pisa"}, places)
+    with pytest.raises(InputError, match="^HP_X: unknown peft_type 'LORRA'"):
+        load_peft(OLD, {"peft_type": "LORRA"}, places)
+    with pytest.raises(InputError, match="^peft: config file .*nope.json does not exist"):
+        load_peft("nope.json")
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True, "rank_pattern": {"q_proj": 2}}])
+def test_what_is_written_down_reads_back_equal(changes):
+    spec = load_peft(OLD | changes, {"r": 4})
+    assert load_peft(json.loads(json.dumps(spec.dump()))) == replace(spec, source="peft")
 
 
 def test_bad_json_names_the_line(tmp_path):
@@ -174,9 +200,16 @@ def test_targets(settings, expected):
         ({"layers_to_transform": [0, 3]}, "layer 3; the model's last layer is 2"),
         ({"layers_to_transform": 3}, "in no layer of layers_to_transform 3"),
         ({"exclude_modules": ["v_proj"]}, "all of 'v_proj' is in exclude_modules"),
+        *(
+            (
+                {"target_modules": ["lm_head"], "init_lora_weights": init},
+                "which embeddings shares",
+            )
+            for init in ("pissa", "lora_ga")
+        ),
         (
-            {"target_modules": ["lm_head"], "init_lora_weights": "pissa"},
-            "which embeddings shares",
+            {"r": 4, "init_lora_weights": "lora_ga"},
+            r"takes 2r = 8 .*layers.0.v_proj is 6 x 8; add rank_pattern \{\"v_proj\": 3\}",
         ),
     ],
 )

@@ -21,6 +21,7 @@ from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.lora import LoraSettings, lora_layers
 from ssm_train.peft.spec import load_peft
 from ssm_train.peft.targets import match_targets, resolve_targets
+from ssm_train.peft.tuner import own_layers
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
@@ -142,6 +143,21 @@ BARE = {
     "cfg/peft/lora/lora_qkvo_r8_a16.json": ("gla", 4),
     "cfg/peft/lora/lora_in_out_proj_r8_a16.json": ("mamba", 2),
     "cfg/peft/lora/lora_in_x_dt_out_proj_r8_a16.json": ("mamba", 4),
+    "cfg/peft/lora/lora_plus_in_out_proj_r8_a16.json": ("mamba", 2),
+    "cfg/peft/lora/lora_ga_in_out_proj_r8_a16.json": ("mamba", 2),
+    "cfg/peft/lora/lora_ga_qkvo_r8_a16.json": ("gla", 4),
+}
+# The same for our own methods: the places a layer where they sit.
+OWN = {
+    "cfg/peft/bitfit/bitfit.json": ("mamba", 2),
+    "cfg/peft/bitfit/bitfit_in_out_proj.json": ("mamba", 4),
+    "cfg/peft/layer_freeze/ssm.json": ("mamba", 4),
+    "cfg/peft/layer_freeze/gla_gates.json": ("gla", 3),
+    "cfg/peft/ssmpeft/init_state.json": ("mamba", 1),
+    "cfg/peft/ssmpeft/init_state_conv.json": ("mamba", 2),
+    "cfg/peft/state_offset/state_offset.json": ("mamba", 1),
+    "cfg/peft/state_offset/state_offset_r4.json": ("mamba", 1),
+    "cfg/peft/state_offset/output.json": ("mamba", 1),
 }
 SIZES: dict[str, dict[str, Any]] = {
     "gla": {"num_hidden_layers": 24, "num_heads": 2, "intermediate_size": 48},  # as many as 1.3B
@@ -210,9 +226,14 @@ def test_every_part_of_a_name_occurs() -> None:
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.startswith("cfg/peft/")])
 def test_a_bare_json_fits_its_family(path: str, bare_models: dict[str, Prepared]) -> None:
-    family, in_layer = BARE[path]
-    found = adapted_modules(bare_models[family], settings_of(path))
+    family, in_layer = (BARE | OWN)[path]
+    if path in OWN:
+        found = list(own_layers(injected(bare_models[family], path).model))
+    else:
+        found = adapted_modules(bare_models[family], settings_of(path))
     assert len(found) == in_layer * SIZES[family]["num_hidden_layers"]
+    cfg = read(path)
+    assert cfg.model is not None and family in cfg.model  # of the default run that it gets
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,103 @@
+"""SSMPEFT: every document starts from a trained state h0 instead of zeros, and its convolution from
+trained inputs before the first: h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t with h_0 = h0."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from ssm_train.peft.tuner import OwnLayer, OwnTuner, SiteLayer, find_sites
+from ssm_train.settings import Settings
+
+RANDOM_STD = 0.1
+
+Init = Literal["zero", "random"]
+
+
+class ScanSettings(Settings):
+    """How the state of the scan begins."""
+
+    type: Literal["init_state"] = "init_state"
+    init: Init = "zero"
+    """zero leaves the function unchanged at step 0."""
+
+
+class InitialStateSettings(Settings):
+    """The keys of a SSMPEFT JSON."""
+
+    scan: ScanSettings | None = None
+    """{type: init_state, init: zero|random}: a state [d_inner, n] of every layer."""
+    conv_init_state: bool = False
+    """Also the inputs [d_inner, d_conv - 1] before the first that the convolution sees."""
+    conv_init_state_init: Init = "zero"
+    """How those begin."""
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> InitialStateSettings:
+        if self.scan is None and not self.conv_init_state:
+            raise ValueError(
+                "scan and conv_init_state are both off, so nothing would train; set "
+                '"scan": {"type": "init_state"} or "conv_init_state": true'
+            )
+        return self
+
+
+class InitialStateLayer(SiteLayer):
+    """At the site `initial_state`: h0 [1, d, n] of Mamba-1, [1, heads, head size, n] of Mamba-2."""
+
+    prefix = "initial_state_"
+
+    def create(self, settings: InitialStateSettings) -> dict[str, Tensor]:
+        assert settings.scan is not None
+        mixer = self.owner
+        shape = (
+            (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
+            if mixer.A_log.ndim == 1
+            else tuple(mixer.A_log.shape)
+        )
+        return {"state": start(settings.scan.init, (1, *shape), mixer.A_log)}
+
+    def change(self, adapter: str, value: Any, *context: Tensor) -> Tensor:
+        state = self.values[adapter]["state"]
+        return state if value is None else value + state
+
+
+class InitialWindowLayer(SiteLayer):
+    """At the site `initial_window`: inputs [1, d, W - 1] before the first."""
+
+    prefix = InitialStateLayer.prefix
+
+    def create(self, settings: InitialStateSettings) -> dict[str, Tensor]:
+        conv = self.owner.conv1d
+        shape = (1, conv.in_channels, conv.kernel_size[0] - 1)
+        return {"window": start(settings.conv_init_state_init, shape, conv.weight)}
+
+    def change(self, adapter: str, value: Any, *context: Tensor) -> Tensor:
+        window = self.values[adapter]["window"]
+        return window if value is None else value + window
+
+
+def start(init: Init, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    scale = RANDOM_STD if init == "random" else 0.0
+    return scale * torch.randn(shape, dtype=torch.float32, device=like.device)
+
+
+class InitialStateModel(OwnTuner):
+    peft_name = "SSMPEFT"
+    prefix = InitialStateLayer.prefix
+    settings_class = InitialStateSettings
+
+    def choose(self, settings: InitialStateSettings, model: nn.Module) -> dict[str, type[OwnLayer]]:
+        chosen: dict[str, type[OwnLayer]] = {}
+        if settings.scan is not None:
+            chosen |= dict.fromkeys(
+                find_sites(model, "initial_state", self.peft_name), InitialStateLayer
+            )
+        if settings.conv_init_state:
+            chosen |= dict.fromkeys(
+                find_sites(model, "initial_window", self.peft_name), InitialWindowLayer
+            )
+        return chosen

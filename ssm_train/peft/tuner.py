@@ -1,0 +1,305 @@
+"""What our own methods share inside Hugging Face PEFT: configurations made of their settings, and
+layers that hold their values by adapter name, at a mixer's site or around a whole module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import PeftType
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ssm_train.adapters.base import Batch, Prepared, TokenLosses
+from ssm_train.errors import InputError
+from ssm_train.peft.lora import quiet_peft
+from ssm_train.settings import Settings
+
+Values = Mapping[str, Tensor]
+
+
+# ---------------------------------------------------------------- configurations
+
+
+@dataclass
+class OwnConfig(PeftConfig):
+    """What the configurations of our own methods have besides the fields of their settings."""
+
+    tuner: ClassVar[type[OwnTuner]]
+
+    target_modules: Any = field(default=None)  # PEFT asks every configuration for it
+    modules: list[str] | None = field(default=None)
+    """Modules that the method chose; filled in at injection."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(self.tuner.peft_name)
+
+    @property
+    def settings(self) -> Any:
+        """The method's settings, checked."""
+        schema = self.tuner.settings_class
+        return schema.model_validate({name: getattr(self, name) for name in schema.model_fields})
+
+
+def make_config_class(tuner: type[OwnTuner]) -> type[OwnConfig]:
+    """The PEFT configuration whose fields are a method's settings."""
+
+    def default_of(name: str) -> Any:
+        info = tuner.settings_class.model_fields[name]
+        return field(default_factory=lambda: info.get_default(call_default_factory=True))
+
+    fields = [(name, Any, default_of(name)) for name in tuner.settings_class.model_fields]
+    class_name = "".join(part.capitalize() for part in tuner.peft_name.split("_")) + "Config"
+    made = make_dataclass(class_name, fields, bases=(OwnConfig,))
+    made.tuner = tuner  # type: ignore[attr-defined]
+    made.__doc__ = tuner.settings_class.__doc__
+    made.__module__ = __name__
+    return made
+
+
+# ---------------------------------------------------------------- layers
+
+
+class OwnLayer(nn.Module, BaseTunerLayer):
+    """The values of one method around one module, by adapter name.
+
+    Methods say how values begin (`create`) and what they change (`change`).
+    """
+
+    prefix: str
+    """Begins the name of every parameter, which is how PEFT knows them."""
+
+    def __init_subclass__(cls) -> None:
+        if hasattr(cls, "prefix"):
+            cls.adapter_layer_names = (f"{cls.prefix}values",)
+
+    def __init__(self, base_layer: nn.Module, owner: nn.Module, place: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.place = place  # its name in the model
+        self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
+        self.settings: dict[str, Any] = {}
+        self.merged_adapters = []
+        self._owner = [owner]  # in a list: the owner is no part of its own part
+
+    def __getattr__(self, name: str) -> Any:
+        """What a layer does not have, its module has: `conv1d.kernel_size`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def values(self) -> Any:
+        """adapter -> ParameterDict."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    @property
+    def owner(self) -> Any:
+        """The module that has the base layer: a mixer, for sites."""
+        return self._owner[0]
+
+    def create(self, settings: Any) -> dict[str, Tensor]:
+        """The values at the start, fp32."""
+        raise NotImplementedError
+
+    def add(self, adapter: str, settings: Any) -> None:
+        values = {name: nn.Parameter(value) for name, value in self.create(settings).items()}
+        self.values[adapter] = nn.ParameterDict(values)
+        self.settings[adapter] = settings
+
+    def active(self) -> Iterator[str]:
+        """Adapters whose values count now: none where they are switched off or merged."""
+        if not self.disable_adapters and not self.merged:
+            yield from (name for name in self.active_adapters if name in self.values)
+
+    def fold(self, adapter: str, sign: int) -> None:
+        """Adds the values (`sign` 1) to weights, or takes them out again (-1).
+
+        Raises InputError where no weight can hold them.
+        """
+        raise InputError(
+            f"{self.place}: the adapter cannot be merged, because no weight of the model computes "
+            "the same; keep it as an adapter"
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter in self.values:
+                self.fold(adapter, 1)
+                self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        while self.merged_adapters:
+            self.fold(self.merged_adapters.pop(), -1)
+
+
+class SiteLayer(OwnLayer):
+    """A method at a site of a mixer: changes the value that passes."""
+
+    def forward(self, value: Tensor | None, *context: Tensor) -> Tensor | None:
+        value = self.base_layer(value, *context)
+        for adapter in self.active():
+            value = self.change(adapter, value, *context)
+        return value
+
+    def change(self, adapter: str, value: Any, *context: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class DeltaLayer(OwnLayer):
+    """A module with some of its parameters moved: parameter + delta, by name.
+
+    The same optimizer steps as training the parameter itself, but the base stays as it is.
+    """
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        moved: dict[str, Tensor] = {}
+        for adapter in self.active():
+            for name, delta in self.values[adapter].items():
+                moved[name] = move(moved.get(name, getattr(self.base_layer, name)), delta)
+        if not moved:
+            return self.base_layer(*inputs, **options)
+        return functional_call(self.base_layer, moved, inputs, options)
+
+    def fold(self, adapter: str, sign: int) -> None:
+        for name, delta in self.values[adapter].items():
+            parameter = getattr(self.base_layer, name)
+            moved = move(parameter, sign * delta)
+            stored = delta.dtype if parameter is None else parameter.dtype
+            setattr(self.base_layer, name, nn.Parameter(moved.to(stored), requires_grad=False))
+
+
+def move(parameter: Tensor | None, delta: Tensor) -> Tensor:
+    """parameter + delta in fp32; the delta alone where there is no parameter."""
+    return delta if parameter is None else parameter.to(delta.dtype) + delta
+
+
+# ---------------------------------------------------------------- injection
+
+
+class OwnTuner(BaseTuner):
+    """Puts a method's layers where `choose` says, into a model of ours; a stock model becomes one
+    first. One subclass a method."""
+
+    peft_name: ClassVar[str]
+    settings_class: ClassVar[type[Settings]]
+    tuner_layer_cls = OwnLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def choose(self, settings: Any, model: nn.Module) -> dict[str, type[OwnLayer]]:
+        """Module name -> the layer that goes around it. Raises InputError."""
+        raise NotImplementedError
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        from ssm_train.adapters.registry import adopt
+
+        adopt(model)
+        self.chosen = self.choose(peft_config.settings, model)
+        peft_config.modules = sorted(self.chosen)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
+        return key in peft_config.modules
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        layer = target
+        if not isinstance(layer, OwnLayer):
+            layer = self.chosen[current_key](target, parent, current_key)
+            setattr(parent, target_name, layer)
+        layer.add(adapter_name, peft_config.settings)
+        layer.set_adapter(self.active_adapters)
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        """At unloading: the module comes back as it is, or as `fold` left it."""
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        """Each layer says whether its values can be folded into weights."""
+
+
+class OwnMethod:
+    """A method of ours as a PeftMethod."""
+
+    def __init__(self, config_class: type[OwnConfig], settings: Settings) -> None:
+        self.config_class, self.settings = config_class, settings
+
+    def inject(self, prepared: Prepared) -> None:
+        """Wraps `prepared.model`; only the method's values are trainable, and they are fp32.
+
+        Raises InputError where the method and the family do not go together.
+        """
+        model = prepared.model
+        task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
+        config = self.config_class(task_type=task, **self.settings.model_dump())  # type: ignore[arg-type]
+        with quiet_peft():
+            prepared.model = get_peft_model(model, config)  # type: ignore[arg-type]
+
+    def calibrate(
+        self, prepared: Prepared, batches: Iterable[Batch], token_losses: TokenLosses
+    ) -> None:
+        """Nothing: the start depends on no data."""
+
+    def stages(self) -> tuple[str, ...]:
+        return ("train",)
+
+    def changed_base(self, model: nn.Module) -> dict[str, Tensor]:
+        """Nothing: the base stays as it is."""
+        return {}
+
+    def restore_base(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to put back."""
+
+
+def own_layers(model: nn.Module) -> dict[str, OwnLayer]:
+    """Module name -> layer, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, OwnLayer)}
+
+
+def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Module name -> module, as they were before any injection."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, OwnLayer):
+            inside = (*inside, f"{name}.")
+            module = module.base_layer
+        found[name] = module
+    return found
+
+
+def find_sites(model: nn.Module, site: str, method: str) -> list[str]:
+    """Names of the modules that are that site of a mixer. Raises InputError where there is none."""
+    found = [name for name in bare_modules(model) if name.rpartition(".")[2] == site]
+    if not found:
+        family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise InputError(
+            f"peft_type {method}: {family} models have no {site.replace('_', ' ')} to train"
+        )
+    return found
+
+
+def zeros(*shape: int, like: Tensor) -> Tensor:
+    """fp32, on the device of `like`."""
+    return torch.zeros(shape, dtype=torch.float32, device=like.device)

@@ -1,0 +1,385 @@
+"""Our own methods as PEFT methods: alive, unchanged at step 0, the same under padding, packing and
+cached decoding, saved and loaded bit for bit, merged where weights can hold them, several on one
+base."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft_tiny import (
+    logits_of,
+    make_batch,
+    make_rounded_stock,
+    make_stock,
+    prepare,
+    relative_error,
+    token_losses,
+    tokens,
+    train_a_little,
+)
+
+from ssm_train.adapters.common import enable_gradient_checkpointing
+from ssm_train.adapters.registry import adopt
+from ssm_train.errors import InputError
+from ssm_train.peft.coverage import measure_coverage
+from ssm_train.peft.export import export_adapter, load_adapter
+from ssm_train.peft.liveness import check_liveness
+from ssm_train.peft.merge import merge_adapter
+from ssm_train.peft.registration import CONFIGS
+from ssm_train.peft.spec import load_peft
+
+# name -> families, JSON
+METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "bitfit": (("mamba", "mamba2", "gla", "bamba"), {"peft_type": "BITFIT"}),
+    "bitfit_new": (
+        ("mamba", "mamba2", "gla", "bamba"),
+        {"peft_type": "BITFIT", "target_modules": ["in_proj", "q_proj", "o_proj", "conv1d"]},
+    ),
+    "freeze_ssm": (
+        ("mamba", "mamba2", "bamba"),
+        {"peft_type": "LAYER_FREEZE", "trainable_layers": ["A_log", "D", "conv1d"]},
+    ),
+    "freeze_gates": (
+        ("gla",),
+        {"peft_type": "LAYER_FREEZE", "trainable_layers": ["gk_proj", "layers.1.mlp_norm"]},
+    ),
+    "freeze_layer": (
+        ("mamba", "mamba2"),
+        {"peft_type": "LAYER_FREEZE", "trainable_layers": ["layers.1", "norm_f"]},
+    ),
+    "state": (
+        ("mamba", "mamba2", "bamba"),
+        {"peft_type": "SSMPEFT", "scan": {"type": "init_state"}},
+    ),
+    "state_and_window": (
+        ("mamba", "mamba2", "bamba"),
+        {"peft_type": "SSMPEFT", "scan": {"type": "init_state"}, "conv_init_state": True},
+    ),
+    "offset": (("mamba",), {"peft_type": "STATE_OFFSET_TUNING"}),
+    "offset_rank": (("mamba",), {"peft_type": "STATE_OFFSET_TUNING", "r": 3}),
+    "output": (
+        ("mamba",),
+        {"peft_type": "STATE_OFFSET_TUNING", "tuning_mode": "OUTPUT_TUNING"},
+    ),
+}
+CELLS = [(name, family) for name, (families, _) in METHODS.items() for family in families]
+MERGED = ("bitfit", "bitfit_new", "freeze_ssm", "freeze_gates", "freeze_layer")
+each_cell = pytest.mark.parametrize(("name", "family"), CELLS)
+
+
+def settings_of(name: str, family: str) -> dict[str, Any]:
+    values = dict(METHODS[name][1])
+    if "target_modules" in values:
+        theirs = {
+            "gla": ["q_proj", "o_proj"],
+            "bamba": ["in_proj", "o_proj", "conv1d"],
+        }.get(family, ["in_proj", "conv1d"])
+        values["target_modules"] = theirs
+    return values
+
+
+def inject(prepared: Any, settings: dict[str, Any]) -> Any:
+    spec = load_peft(settings)
+    assert spec is not None
+    method = spec.make()
+    method.inject(prepared)
+    return method
+
+
+def trained(name: str, family: str, **options: Any) -> Any:
+    prepared = prepare(family, **options)
+    inject(prepared, settings_of(name, family))
+    train_a_little(prepared.model)
+    return prepared
+
+
+@each_cell
+def test_it_is_alive_and_the_function_is_unchanged_at_step_0(name: str, family: str) -> None:
+    prepared, ids = prepare(family), tokens(2, 19)
+    before = logits_of(prepared.model, ids)
+    inject(prepared, settings_of(name, family))
+    assert torch.equal(logits_of(prepared.model, ids), before)
+    check_liveness(prepared.model, make_batch(), token_losses)
+    for parameter_name, parameter in prepared.model.named_parameters():
+        assert parameter.requires_grad == ("values" in parameter_name), parameter_name
+        assert not parameter.requires_grad or parameter.dtype == torch.float32
+    train_a_little(prepared.model)
+    assert relative_error(logits_of(prepared.model, ids), before) > 1e-3
+    with prepared.model.disable_adapter():
+        assert torch.equal(logits_of(prepared.model, ids), before)
+
+
+@each_cell
+def test_bf16_bases_stay_within_twice_their_own_error(name: str, family: str) -> None:
+    """The error of bf16 arithmetic with the method is at most twice that without it."""
+    full, ids = trained(name, family), tokens(2, 19)
+    rounded = make_rounded_stock(family)
+    adopt(rounded)
+    bf16 = prepare(family, dtype=torch.bfloat16)
+    own_error = relative_error(logits_autocast(bf16.model, ids), logits_of(rounded, ids))
+    values = get_peft_model_state_dict(full.model)
+    fp32 = SimpleNamespace(model=rounded)
+    for prepared in (bf16, fp32):
+        inject(prepared, settings_of(name, family))
+        set_peft_model_state_dict(prepared.model, values)
+    error = relative_error(logits_autocast(bf16.model, ids), logits_of(fp32.model, ids))
+    assert 0 < error < 2 * own_error, (error, own_error)
+
+
+def logits_autocast(model: Any, ids: Any) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return logits_of(model, ids)
+
+
+@each_cell
+def test_cached_decoding_equals_the_full_forward(name: str, family: str) -> None:
+    model, ids = trained(name, family).model.eval(), tokens(2, 9)
+    cache_name = "cache_params" if family in ("mamba", "mamba2") else "past_key_values"
+    expected = logits_of(model, ids)
+    for prompt in (1, 2, 6):  # shorter and longer than the convolution's window
+        with torch.no_grad():
+            out = model(input_ids=ids[:, :prompt], use_cache=True)
+            steps = [out.logits[:, -1]]
+            for t in range(prompt, ids.shape[1]):
+                cache: dict[str, Any] = {cache_name: getattr(out, cache_name)}
+                if family == "bamba":  # as generate does; transformers' would be 0
+                    cache["position_ids"] = torch.tensor([[t]])
+                out = model(input_ids=ids[:, t : t + 1], use_cache=True, **cache)
+                steps.append(out.logits[:, -1])
+        error = relative_error(torch.stack(steps, 1), expected[:, prompt - 1 :])
+        assert error < 1e-5, (prompt, error)
+
+
+@each_cell
+@pytest.mark.parametrize("padding", [1, 2, 3, 7])
+def test_left_padding_changes_nothing(name: str, family: str, padding: int) -> None:
+    model, ids = trained(name, family).model.eval(), tokens(2, 9)
+    padded = torch.cat([tokens(2, padding, seed=5), ids], 1)
+    mask = torch.ones_like(padded)
+    mask[0, :padding] = 0
+    with torch.no_grad():
+        logits = model(input_ids=padded, attention_mask=mask, use_cache=False).logits
+    alone = logits_of(model, ids[:1])
+    assert relative_error(logits[:1, padding:], alone) < 1e-5
+    whole = logits_of(model, padded[1:])  # its neighbour has no padding
+    assert relative_error(logits[1:], whole) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "family"), [c for c in CELLS if c[1] != "bamba"])
+def test_packed_documents_are_as_they_are_alone(name: str, family: str) -> None:
+    prepared = trained(name, family)
+    model, parts = prepared.model.eval(), [tokens(1, n, seed=n) for n in (5, 1, 11)]
+    offsets = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
+    row = torch.cat(parts, 1)
+    packed = model(input_ids=row, cu_seqlens=offsets, use_cache=False).logits
+    alone = [model(input_ids=part, use_cache=False).logits for part in parts]
+    assert relative_error(packed, torch.cat(alone, 1)) < 1e-5
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0))
+    ours = torch.autograd.grad((packed * weights).sum(), trainable)
+    theirs = torch.autograd.grad((torch.cat(alone, 1) * weights).sum(), trainable)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+@each_cell
+def test_gradient_checkpointing_changes_no_gradient(name: str, family: str) -> None:
+    def gradients(checkpointing: bool) -> list[Any]:
+        model = trained(name, family).model.train()
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+        token_losses(model, make_batch()).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
+        assert plain is not None and checkpointed is not None
+        assert relative_error(checkpointed, plain) < 1e-5
+
+
+@each_cell
+def test_export_and_reload_on_the_stock_base(name: str, family: str, tmp_path: Path) -> None:
+    prepared, ids = trained(name, family), tokens(2, 19)
+    expected = logits_of(prepared.model, ids)
+    directory = export_adapter(
+        prepared.model, tmp_path / "adapter", base_id="someone/base", traits=prepared.traits
+    )
+    written = json.loads((directory / "adapter_config.json").read_text())
+    assert written["peft_type"] == METHODS[name][1]["peft_type"]
+    assert written["peft_type"] in (directory / "README.md").read_text()
+    for loaded in (
+        load_adapter(make_stock(family), directory),
+        PeftModel.from_pretrained(make_stock(family), str(directory)),
+    ):
+        assert torch.equal(logits_of(loaded, ids), expected)
+
+
+@each_cell
+def test_merging_keeps_the_function_or_is_refused(name: str, family: str) -> None:
+    prepared, ids = trained(name, family), tokens(2, 19)
+    expected = logits_of(prepared.model, ids)
+    if name not in MERGED:
+        with pytest.raises(InputError, match="the adapter cannot be merged, because no weight"):
+            merge_adapter(prepared.model, prepared.traits)
+        return
+    merged = merge_adapter(prepared.model, prepared.traits)
+    assert merged.difference < 1e-6
+    assert relative_error(logits_of(merged.model, ids), expected) < 1e-5
+    assert not any("values" in n or "base_layer" in n for n in merged.model.state_dict())
+
+
+@each_cell
+def test_several_adapters_on_one_base(name: str, family: str) -> None:
+    settings = settings_of(name, family)
+    config_class = CONFIGS[settings.pop("peft_type")]
+    base, ids = prepare(family).model, tokens(2, 19)
+    before = logits_of(base, ids)
+    model = get_peft_model(base, config_class(task_type="CAUSAL_LM", **settings))
+    train_a_little(model, seed=1)
+    first = logits_of(model, ids)
+    model.add_adapter("second", config_class(task_type="CAUSAL_LM", **settings))
+    assert torch.equal(logits_of(model, ids), first)
+    model.set_adapter("second")
+    assert torch.equal(logits_of(model, ids), before)
+    train_a_little(model, seed=2)
+    second = logits_of(model, ids)
+    assert relative_error(second, first) > 1e-3
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model, ids), first)
+    model.delete_adapter("second")
+    assert torch.equal(logits_of(model, ids), first)
+
+
+# ---------------------------------------------------------------- the equations
+
+
+def test_the_initial_state_is_h0_of_the_recurrence() -> None:
+    """Against a loop over tokens in float64."""
+    prepared = trained("state", "mamba", seed=1)
+    layer = next(m for n, m in prepared.model.named_modules() if n.endswith("initial_state"))
+    mixer = layer.owner
+    hidden = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        actual = mixer(hidden)
+        x, z = mixer.in_proj(hidden).chunk(2, -1)
+        x = mixer._convolve(x, None, None, None)
+        dt, B, C = mixer.x_proj(x).split([mixer.time_step_rank, 8, 8], -1)
+        dt = torch.nn.functional.softplus(mixer.dt_proj(dt)).double()
+        A = -mixer.A_log.double().exp()
+        h = layer.values["default"]["state"][0].double()
+        rows = []
+        for t in range(7):
+            h = (dt[0, t, :, None] * A).exp() * h
+            h = h + dt[0, t, :, None] * B[0, t].double() * x[0, t, :, None].double()
+            rows.append(h @ C[0, t].double() + mixer.D * x[0, t])
+        y = torch.stack(rows)[None] * torch.nn.functional.silu(z.double())
+        expected = mixer.out_proj(y.float())
+    assert relative_error(actual, expected) < 1e-5
+
+
+def test_the_state_offset_is_added_at_the_readout() -> None:
+    plain, offset = prepare("mamba", seed=1), trained("offset", "mamba", seed=1)
+    layer = next(m for n, m in offset.model.named_modules() if n.endswith(".offset"))
+    mixer = layer.owner
+    bare = plain.model.backbone.layers[0].mixer
+    bare.out_proj = torch.nn.Identity()
+    mixer.out_proj = torch.nn.Identity()
+    hidden = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x, z = bare.in_proj(hidden).chunk(2, -1)
+        C = bare.x_proj(bare._convolve(x, None, None, None))[..., -8:]
+        p = layer.values["default"]["state"]
+        expected = bare(hidden) + torch.nn.functional.silu(z) * torch.einsum("btn,dn->btd", C, p)
+        assert relative_error(mixer(hidden), expected) < 1e-6
+
+
+def test_a_frozen_parameter_s_delta_trains_like_the_parameter() -> None:
+    """One Adam step on the deltas is one Adam step on the parameters themselves."""
+    delta, plain = prepare("mamba"), prepare("mamba")
+    entries = ["A_log", "dt_proj.bias", "layers.1"]
+    inject(delta, {"peft_type": "LAYER_FREEZE", "trainable_layers": entries})
+    named = dict(plain.model.named_parameters())
+    for name, parameter in named.items():
+        parameter.requires_grad_(any(f".{entry}." in f".{name}." for entry in entries))
+    for model in (delta.model, plain.model):
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trainable, lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            token_losses(model.train(), make_batch()).loss.backward()
+            optimizer.step()
+    count = [
+        sum(p.numel() for p in m.parameters() if p.requires_grad)
+        for m in (delta.model, plain.model)
+    ]
+    assert count[0] == count[1] > 0
+    ids = tokens(2, 19)
+    assert relative_error(logits_of(delta.model, ids), logits_of(plain.model, ids)) < 1e-4
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("gla", METHODS["state"][1], "peft_type SSMPEFT: gla models have no initial state"),
+        ("mamba2", METHODS["offset"][1], "STATE_OFFSET_TUNING: mamba2 models have no offset"),
+        (
+            "mamba",
+            {"peft_type": "LAYER_FREEZE", "trainable_layers": ["A_lgo"]},
+            "trainable_layers: 'A_lgo' is in no parameter name; did you mean 'A_log'",
+        ),
+        (
+            "mamba",
+            {"peft_type": "LAYER_FREEZE", "trainable_layers": ["embeddings"]},
+            "backbone.embeddings.weight is shared by two modules",
+        ),
+        (
+            "mamba",
+            {"peft_type": "BITFIT", "target_modules": ["in_porj"]},
+            "target_modules: 'in_porj' matches no layer; did you mean 'in_proj'",
+        ),
+    ],
+)
+def test_what_does_not_go_together(family: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        inject(prepare(family, tie_word_embeddings=True), settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "SSMPEFT"}, "scan and conv_init_state are both off, so nothing would train"),
+        ({"peft_type": "SSMPEFT", "scan": {"type": "x"}}, "peft: scan is 'x'"),
+        ({"peft_type": "LAYER_FREEZE"}, "peft: trainable_layers is"),
+        ({"peft_type": "LAYER_FREEZE", "trainable_layers": []}, "peft: trainable_layers is []"),
+        (
+            {"peft_type": "STATE_OFFSET_TUNING", "tuning_mode": "OUTPUT_TUNING", "r": 2},
+            "r has no meaning for OUTPUT_TUNING",
+        ),
+        ({"peft_type": "BITFIT", "r": 8}, "unknown key 'r' for peft_type BITFIT"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_peft(settings)
+
+
+def test_what_the_log_says() -> None:
+    prepared = trained("state_and_window", "mamba")
+    assert str(measure_coverage(prepared.model)) == (
+        "SSMPEFT at 4 places (backbone.layers.*.mixer.initial_window, "
+        "backbone.layers.*.mixer.initial_state), 1.41 K of 20.2 K parameters (7.0%)"
+    )
