@@ -13,7 +13,14 @@ import torch
 
 from ssm_train import distributed
 from ssm_train.adapters import registry
-from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, PeftMethod, Prepared
+from ssm_train.adapters.base import (
+    Batch,
+    KernelChoice,
+    ModelAdapter,
+    ModelSpec,
+    PeftMethod,
+    Prepared,
+)
 from ssm_train.adapters.loading import save_model
 from ssm_train.bases import base_run
 from ssm_train.config import RunConfig, load_config
@@ -77,8 +84,9 @@ def check_same_run(cfg: RunConfig, run_dir: Path) -> list[str]:
     """
     began, _ = load_config(run_dir / MARKER)
     notes = []
+    before, now = (config.model_dump(exclude_none=True) for config in (began, cfg))
     for key in RunConfig.model_fields:
-        old, new = getattr(began, key), getattr(cfg, key)
+        old, new = before.get(key), now.get(key)
         if old == new or key in ("resume", "overwrite", "name"):
             continue
         if key in FIXED_AT_START:
@@ -106,6 +114,19 @@ def choose_main_metric(cfg: RunConfig, task: Task) -> str:
             "set eval_gen or metric_for_best"
         )
     return metric
+
+
+def describe_measures(cfg: RunConfig, task: Task, main_metric: str) -> str:
+    """What chooses the best checkpoint, and why not more is measured."""
+    if cfg.skip_eval:
+        return "no evaluation (skip_eval)"
+    why = ""
+    if task.type == "classification":
+        if cfg.eval_gen is not None:
+            why = "; eval_gen changes nothing, as classes are scored and not generated"
+    elif cfg.eval_gen is None and task.metrics:
+        why = f"; without eval_gen nothing is generated: no {', '.join(task.metrics)}"
+    return f"best by {main_metric}{why}"
 
 
 def find_splits(cfg: RunConfig) -> tuple[str, ...]:
@@ -144,7 +165,7 @@ def prepare_model(cfg: RunConfig, model: str | None, device: str, *, frozen: boo
             adapter=cfg.adapter,
             revision=cfg.revision,
             dtype=STORAGE[cfg.prec] if frozen else torch.float32,
-            kernels=cfg.kernels,
+            kernels=select_kernels(cfg),
             gradient_checkpointing=cfg.gradient_checkpointing,
             device=device,
         )
@@ -155,6 +176,11 @@ def prepare_model(cfg: RunConfig, model: str | None, device: str, *, frozen: boo
     if template := find_chat_template(cfg):
         prepared.tokenizer.chat_template = template  # saved with it
     return Subject(adapter, prepared, reason)
+
+
+def select_kernels(cfg: RunConfig) -> KernelChoice:
+    """`kernels`; where that is left open, another `backend` than "cuda" means plain PyTorch."""
+    return "reference" if cfg.kernels == "auto" and cfg.backend != "cuda" else cfg.kernels
 
 
 def load_examples(cfg: RunConfig, tokenizer: Any, split: str) -> TokenizedDataset:

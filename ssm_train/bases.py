@@ -14,10 +14,11 @@ from typing import Literal
 
 from ssm_train import distributed
 from ssm_train.checkpoint import digest
-from ssm_train.config import DIRECTORIES, RunConfig, load_config, run_directory
+from ssm_train.config import RunConfig, load_config, run_directory
 from ssm_train.errors import InputError
 from ssm_train.explain import Provenance
 from ssm_train.lock import InUse, own
+from ssm_train.overrides import DIRECTORIES
 from ssm_train.record import MARKER
 
 RECORD = "base.json"  # of a run directory: the base's directory and the hashes of its weights

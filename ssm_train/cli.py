@@ -217,8 +217,11 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, str]:
 
 def train(arguments: argparse.Namespace) -> int:
     from ssm_train.config import load_config
+    from ssm_train.overrides import unread_variables
 
     cfg, provenance = load_config(arguments.cfg, overrides_of(arguments), os.environ)
+    for note in unread_variables(os.environ) if os.environ.get("RANK", "0") == "0" else ():
+        print(note, flush=True)
 
     from ssm_train.train import run
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,20 @@ from ssm_train.checkpoint import CheckpointSettings
 from ssm_train.data import DataSettings
 from ssm_train.errors import InputError, near
 from ssm_train.evaluate import EvalSettings
-from ssm_train.explain import Provenance, explain
+from ssm_train.explain import Provenance, explain, find_place
 from ssm_train.loop import LoopSettings
 from ssm_train.metrics import TRACKERS, MetricsSettings
 from ssm_train.optim import OptimSettings
+from ssm_train.overrides import (
+    DIRECTORIES,
+    find_key,
+    from_text,
+    misspelt_variables,
+    read_variables,
+    set_at,
+)
 from ssm_train.settings import Settings
-from ssm_train.strict_yaml import Document, dump, parse_value, read_document
-
-GLUE_TASKS = ("rte", "cola", "mrpc", "sst2", "qnli", "qqp", "mnli", "wnli")
+from ssm_train.strict_yaml import Document, dump, read_document
 
 # The runs that a bare PEFT JSON configures, as `train.py --cfg cfg/peft/lora/x.json` always did:
 # Mamba's, or GLA's where the targets are modules of GLA.
@@ -107,52 +112,6 @@ class RunConfig(
     """Own the run directory: a second process leaves."""
 
 
-ENVIRONMENT: dict[str, str] = {
-    "HP_DATA": "data",
-    "HP_VAL_SPLIT": "val_data_split",
-    "HP_BATCH_SIZE": "batch_size",
-    "HP_EVAL_BATCH_SIZE": "eval_batch_size",
-    "HP_LR": "learning_rate",
-    "HP_EPOCHS": "num_epochs",
-    "HP_PREC": "prec",
-    "HP_SEED": "seed",
-    "HP_MAX_STEPS": "max_steps",
-    "HP_LOGGING_STEPS": "logging_steps",
-    "HP_EVAL_STEPS": "eval_steps",
-    "HP_SAVE_STEPS": "save_steps",
-    "NUM_DATA_WORKERS": "num_data_workers",
-    "GRADIENT_CHECKPOINTING": "gradient_checkpointing",
-    "LOGITS_TO_KEEP": "logits_to_keep",
-    "LR_SCHEDULER_TYPE": "lr_scheduler_type",
-    "LR_WARMUP_STEPS": "warmup_steps",
-    "LR_WARMUP_RATIO": "warmup_ratio",
-    "HP_PEFT_R": "peft_overrides.r",
-    "HP_PEFT_ALPHA": "peft_overrides.lora_alpha",
-    "HP_PEFT_DROPOUT": "peft_overrides.lora_dropout",
-    "HP_INIT": "peft_overrides.init_lora_weights",
-    "HP_PISSA_FAST": "peft_overrides.pissa_fast",
-    "HP_USE_DORA": "peft_overrides.use_dora",
-    "HP_USE_RSLoRA": "peft_overrides.use_rslora",
-    "HP_PEFT_TYPE": "peft_overrides.peft_type",
-    "HP_LORAGA_BATCH_SIZE": "peft_overrides.loraga_batch_size",
-    "HP_LORAGA_STEPS": "peft_overrides.loraga_steps",
-    "HP_LORAGA_LAYERWISE": "peft_overrides.loraga_layerwise",
-    "HP_LORAGA_STABLE_C": "peft_overrides.loraga_stable_c",
-    "HP_WARMUP_IT": "peft_overrides.num_warmup_it",
-    "HP_TRAIN_RATIO": "peft_overrides.train_ratio",
-    "HP_FREEZE_RATIO": "peft_overrides.freeze_ratio",
-    "HP_ZERO_RATIO": "peft_overrides.zero_ratio",
-}
-"""Variable -> config key. An empty variable counts as not set."""
-
-DIRECTORIES = {
-    "SSM_TRAIN_OUTPUT": "output_root",
-    "SSM_TRAIN_DATA": "data_root",
-    "SSM_TRAIN_CACHE": "cache_dir",
-}
-"""Variable -> config key whose default it is: of this machine, so a file wins over it."""
-
-
 def load_config(
     path: str | Path,
     cli_overrides: Mapping[str, str] | None = None,
@@ -178,23 +137,26 @@ def resolve_config(
     environment: Mapping[str, str] | None = None,
 ) -> tuple[RunConfig, Provenance]:
     """`load_config` for what was read; `name`: of the run, where the document has none."""
-    values: dict[Any, Any] = _json_keys_to_numbers(document.values)
+    values: dict[Any, Any] = dict(document.values)
     provenance: Provenance = {str(key): document.where((key,)) for key in values}
-    environment = environment or {}
+    cli_overrides, environment = cli_overrides or {}, environment or {}
 
     for variable, key in DIRECTORIES.items():
         if (text := environment.get(variable)) and key not in values:
             values[key], provenance[key] = text, variable
-    for key, text in (cli_overrides or {}).items():
-        _set(values, key, text)
-        provenance[key] = "command line"
-    for variable, key in ENVIRONMENT.items():
-        if text := environment.get(variable, "").strip():
-            text = f"glue-tvt_{text}" if variable == "HP_DATA" and text in GLUE_TASKS else text
-            _set(values, key, text)
-            provenance[key] = variable
+    for key, text in cli_overrides.items():
+        _lay_over(values, provenance, key, text, "command line")
+    for variable, key, text in read_variables(environment):
+        _lay_over(values, provenance, key, text, variable)
+    for one, other in (("resume", "overwrite"), ("overwrite", "resume")):
+        of_the_file = one in cli_overrides and other not in cli_overrides and values.get(other)
+        if of_the_file and values[one] is True:
+            values[other], provenance[other] = False, "command line"
 
-    problems = list(_misspelt_variables(environment))
+    problems = list(misspelt_variables(environment))
+    values["min_eval_metric_after_epoch"] = _number_epochs(
+        values.get("min_eval_metric_after_epoch")
+    )
     if values.get("name") is None:
         values["name"] = name
     try:
@@ -203,7 +165,8 @@ def resolve_config(
         problems += explain(error, RunConfig, document, provenance)
         raise InputError("\n".join(problems)) from None
     problems += [
-        f"{provenance.get(key, document.source)}: {problem}" for key, problem in contradictions(cfg)
+        f"{find_place(key, provenance, document.source)}: {problem}"
+        for key, problem in contradictions(cfg)
     ]
     if problems:
         raise InputError("\n".join(problems))
@@ -216,10 +179,10 @@ def read_peft_overrides(environment: Mapping[str, str]) -> dict[str, Any]:
     """What the HP_* variables say of the PEFT config. Raises InputError naming the variable."""
     values: dict[str, Any] = {}
     provenance: Provenance = {}
-    for variable, key in ENVIRONMENT.items():
+    for variable, key, text in read_variables(environment):
         _, _, name = key.partition("peft_overrides.")
-        if name and (text := environment.get(variable, "").strip()):
-            values[name] = _from_text(text, _field(key))
+        if name:
+            values[name] = from_text(text, _field(key))
             provenance[name] = variable
     try:
         return PeftOverrides.model_validate(values).given()
@@ -230,7 +193,8 @@ def read_peft_overrides(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def default_run(peft: Document, path: Path) -> Document:
     """The run of a PEFT JSON that is given as a config."""
-    gla = re.search(GLA_MODULES, str(peft.values.get("target_modules")))
+    named = [peft.values.get(key) for key in ("target_modules", "trainable_layers")]
+    gla = re.search(GLA_MODULES, str(named))
     name, run = ("GLA", GLA_RUN) if gla else ("Mamba", MAMBA_RUN)
     return Document(f"default {name} run", {**run, "peft": str(path)}, {})
 
@@ -346,7 +310,9 @@ def describe_overrides(cfg: RunConfig, provenance: Mapping[str, str]) -> list[st
             continue
         value: Any = cfg
         for part in key.split("."):
-            value = value[part] if isinstance(value, dict) else getattr(value, part)
+            value = (
+                value[find_key(value, part)] if isinstance(value, dict) else getattr(value, part)
+            )
         shown = value if isinstance(value, str) else json.dumps(value, default=str)
         lines.append(f"{key} = {shown}  ({source})")
     return lines
@@ -360,40 +326,19 @@ def _field(key: str) -> FieldInfo | None:
     return RunConfig.model_fields.get(head) if not rest else None
 
 
-def _set(values: dict[Any, Any], key: str, text: str) -> None:
-    """Puts the value that `text` stands for at the dotted `key`."""
-    *parents, last = key.split(".")
-    for part in parents:
-        inner = values.get(part)
-        values[part] = values = dict(inner) if isinstance(inner, dict) else {}
-    values[last] = _from_text(text, _field(key))
+def _lay_over(
+    values: dict[Any, Any], provenance: Provenance, key: str, text: str, where: str
+) -> None:
+    """Puts what `text` stands for at the dotted `key`, and notes where it came from."""
+    try:
+        set_at(values, key, from_text(text, _field(key)))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    provenance[key] = where
 
 
-def _from_text(text: str, field: FieldInfo | None) -> Any:
-    """A command-line or environment text as a value: numbers and mappings as in YAML; yes, no,
-    1, 0 for switches; the text itself where the field takes text."""
-    accepts = str(field.annotation) if field else ""
-    words = {"1": True, "yes": True, "on": True, "0": False, "no": False, "off": False}
-    if "bool" in accepts and text.lower() in words:
-        return words[text.lower()]
-    value = parse_value(text)
-    if ("str" in accepts or "Literal" in accepts) and isinstance(value, int | float):
-        return value if isinstance(value, bool) and "bool" in accepts else text
-    return value
-
-
-def _json_keys_to_numbers(values: dict[Any, Any]) -> dict[Any, Any]:
-    """JSON has no number keys: `{"3": 0.5}` means epoch 3."""
-    epochs = values.get("min_eval_metric_after_epoch")
+def _number_epochs(epochs: Any) -> Any:
+    """`{"3": 0.5}` means epoch 3, as JSON and the command line have no number keys; null: none."""
     if not isinstance(epochs, dict):
-        return dict(values)
-    numbers = {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in epochs.items()}
-    return {**values, "min_eval_metric_after_epoch": numbers}
-
-
-def _misspelt_variables(environment: Mapping[str, str]) -> Iterator[str]:
-    for variable in sorted(set(environment) - set(ENVIRONMENT)):
-        if variable.startswith("HP_") and (
-            close := get_close_matches(variable, ENVIRONMENT, n=1, cutoff=0.8)
-        ):
-            yield f"unknown variable {variable}; did you mean {close[0]}? (unset it otherwise)"
+        return {} if epochs is None else epochs
+    return {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in epochs.items()}

@@ -23,6 +23,7 @@ from ssm_train.checkpoint import write_atomically
 from ssm_train.data.batches import batches_by_length, collate
 from ssm_train.data.tasks.text import ClassificationTask
 from ssm_train.data.tokens import TokenizedDataset
+from ssm_train.errors import InputError
 from ssm_train.generate import Autocast, Decoder, evaluation_mode, read_options
 from ssm_train.scores import OUT_OF_CLASS
 from ssm_train.settings import Settings
@@ -242,7 +243,25 @@ def evaluate_generation(
         gather,
     )
     assert len(rows) == len(prompts), (len(rows), len(prompts))
-    return score([row.prediction for row in rows], references, contexts), rows
+    predictions = [row.prediction for row in rows]
+    return score_once(lambda: score(predictions, references, contexts), gather, rank), rows
+
+
+def score_once(
+    score: Callable[[], dict[str, float]], gather: Gather, rank: int
+) -> dict[str, float]:
+    """All ranks. Rank 0 scores: what a time limit cuts off is the same everywhere, and what it
+    cannot score stops every rank instead of leaving the others waiting."""
+    outcome: list[dict[str, float] | InputError] = []
+    if rank == 0:
+        try:
+            outcome = [score()]
+        except InputError as error:
+            outcome = [error]
+    (first,) = gather(outcome)
+    if isinstance(first, InputError):
+        raise first
+    return first
 
 
 def slice_of_rank(examples: int, rank: int, world_size: int) -> range:

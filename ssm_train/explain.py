@@ -29,6 +29,14 @@ def explain(
     return list(problems)
 
 
+def find_place(key: str, provenance: Provenance, otherwise: str) -> str:
+    """Where the value of a dotted key came from; all the places, where parts were set apart."""
+    places = [p for k, p in provenance.items() if k == key or k.startswith(f"{key}.")]
+    if not places and "." in key:
+        return find_place(key.rpartition(".")[0], provenance, otherwise)
+    return ", ".join(dict.fromkeys(places)) or otherwise
+
+
 def _explain_one(
     path: KeyPath,
     kind: str,
@@ -43,7 +51,7 @@ def _explain_one(
     if isinstance(inner, type) and issubclass(inner, Settings) and len(path) > 1:
         schema, nested = inner, True
     key = f"{head}.{path[1]}" if nested else head
-    where = provenance.get(key) or provenance.get(head) or document.source
+    where = find_place(key if nested else head, provenance, document.source)
     if where == document.where((path[0],)):
         where = document.where(path[:2])
     if kind == "extra_forbidden":

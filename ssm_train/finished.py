@@ -17,7 +17,7 @@ from ssm_train.config import RunConfig, load_config
 from ssm_train.errors import InputError
 from ssm_train.generate import generate_text
 from ssm_train.peft.spec import load_peft
-from ssm_train.record import MARKER
+from ssm_train.record import MARKER, recorded_peft
 
 
 def load_run(run_dir: str | Path, checkpoint: str = "best", device: str = "auto") -> Any:
@@ -55,7 +55,7 @@ def open_run(
 
         prepared.model = load_adapter(prepared.model, exported_weights(run_dir, "adapter"))
         return cfg, adapter, prepared, base
-    peft = load_peft(cfg.peft, cfg.peft_overrides.given())
+    peft = load_peft(recorded_peft(run_dir) or cfg.peft, cfg.peft_overrides.given())
     method = peft.make() if peft else None
     if method:
         method.inject(prepared)

@@ -1,7 +1,11 @@
-"""One process owns a run directory: a file beside it says which; a dead owner loses it."""
+"""One process owns a run directory: a file beside it that it holds locked, and that says who.
+
+The kernel ends the lock with its process, however that ended: a dead owner's directory is free.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -9,8 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ssm_train.errors import InputError
+
+ATTEMPTS, SECONDS_BETWEEN = 5, 0.05  # another process may only have looked
+OURS: set[Path] = set()
+"""What this process holds: its own locks do not bind it, and end when it closes the file again."""
 
 
 class InUse(InputError):
@@ -22,55 +31,89 @@ def own(run_dir: Path) -> Iterator[None]:
     """Rank 0. Holds `<run_dir>.lock`, outside the directory, which `--overwrite` removes.
 
     Raises InUse when a living process of this host, or any process of another one, holds it;
-    InputError when it is this very process, or the file cannot be read.
+    InputError when it is this very process, or the file is none of ours or cannot be locked.
     """
-    path = run_dir.with_name(run_dir.name + ".lock")
+    path = lock_path(run_dir)
+    if path in OURS:
+        raise InputError(f"lock: this process owns {run_dir} already; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    host, me = socket.gethostname(), os.getpid()
-    while True:
+    with take(path, run_dir) as file:
+        OURS.add(path)
         try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            break
-        except FileExistsError:
-            refuse_living_owner(path, host)
-            path.unlink(missing_ok=True)
-    with os.fdopen(handle, "w") as file:
-        json.dump({"host": host, "pid": me}, file)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+            file.truncate(0)
+            json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+            file.flush()
+            yield
+        finally:
+            OURS.remove(path)
+            path.unlink(missing_ok=True)  # still locked, so nobody else's
 
 
-def refuse_living_owner(path: Path, host: str) -> None:
-    """Returns when the owner is known to be dead."""
+def check_free(run_dir: Path) -> None:
+    """Rank 0 of a run without a lock of its own. Raises as `own` does where another process owns
+    the directory; what a dead one left is removed."""
+    path = lock_path(run_dir)
+    if path.exists() and path not in OURS:
+        with own(run_dir):
+            pass
+
+
+def lock_path(run_dir: Path) -> Path:
+    return run_dir.resolve().with_name(run_dir.name + ".lock")
+
+
+def take(path: Path, run_dir: Path) -> IO[str]:
+    """The file, locked. Raises as `own` does."""
+    here = socket.gethostname()
+    for _ in range(ATTEMPTS):
+        file = path.open("a+", encoding="utf-8")
+        try:
+            locked = lock(file, path)
+            host, pid = read_owner(file, path)
+        except InputError:
+            file.close()
+            raise
+        if locked and host in ("", here):
+            return file
+        file.close()
+        if host not in ("", here):  # locks may end at a host's border: what it says is believed
+            raise InUse(
+                f"lock: process {pid} on host {host} owns {run_dir}; wait for it, or remove "
+                f"{path} if it is gone"
+            )
+        time.sleep(SECONDS_BETWEEN)
+    owner = f"process {pid}" if pid else "another process"
+    raise InUse(f"lock: {owner} owns {run_dir}; wait for it, or choose another name")
+
+
+def lock(file: IO[str], path: Path) -> bool:
+    """Whether the file is locked by us now, and still the one at `path`. Raises InputError where
+    the file system has no locks."""
     try:
-        if not path.read_text():
-            time.sleep(0.1)  # just made: its owner is about to write
-        owner = json.loads(path.read_text())
-        other, pid = str(owner["host"]), int(owner["pid"])
-    except FileNotFoundError:
-        return  # just released
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        raise InputError(
+            f"lock: {path} cannot be locked ({error.strerror}); run without lock"
+        ) from None
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:  # its owner has just ended
+        return False
+
+
+def read_owner(file: IO[str], path: Path) -> tuple[str, int]:
+    """(host, process id); ("", 0) where nothing is written yet.
+
+    Of the open file: to open and close it once more would end our lock.
+    """
+    file.seek(0)
+    text = file.read()
+    try:
+        owner = json.loads(text or '{"host": "", "pid": 0}')
+        return str(owner["host"]), int(owner["pid"])
     except (ValueError, KeyError, TypeError):
         raise InputError(
-            f"lock: {path} cannot be read; remove it if no run uses the directory"
+            f"lock: {path} is no lock of a run; remove it if no run uses the directory"
         ) from None
-    if other != host:
-        raise InUse(
-            f"lock: process {pid} on host {other} owns this run directory; wait for it, or remove "
-            f"{path} if it is gone"
-        )
-    if alive(pid):
-        raise (InputError if pid == os.getpid() else InUse)(
-            f"lock: process {pid} owns this run directory; wait for it, or choose another name"
-        )
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's, and alive
-        return True
-    return True

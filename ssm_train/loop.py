@@ -207,7 +207,7 @@ def train_step(run: Training, step: int) -> Report:
     device = run.accelerator.device
     batches = [batch.to(device) for batch in run.micro_batches(step)]
     for group in run.optimizer.param_groups:
-        group["lr"] = lr_at(step, run.schedule.total_steps, run.optim)
+        group["lr"] = group["lr_scale"] * lr_at(step, run.schedule.total_steps, run.optim)
 
     counts = on_device(
         device, sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)

@@ -19,12 +19,13 @@ from ssm_train import generate
 from ssm_train.adapters import registry
 from ssm_train.adapters.base import ModelAdapter, ModelSpec, PeftMethod, Prepared, Traits
 from ssm_train.assemble import STORAGE, Subject
-from ssm_train.config import DIRECTORIES, read_peft_overrides, resolve_config
+from ssm_train.config import read_peft_overrides, resolve_config
 from ssm_train.data import DataSettings
-from ssm_train.data.sources import load_task_data
+from ssm_train.data.sources import SPLITS, load_task_data
 from ssm_train.data.tasks.text import ClassificationTask
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.errors import InputError
+from ssm_train.overrides import DIRECTORIES
 from ssm_train.peft.spec import PeftSpec, load_peft
 from ssm_train.strict_yaml import Document
 from ssm_train.summary import Result
@@ -132,8 +133,8 @@ def _prepare(
     if method:
         method.inject(prepared)
     ORIGINS[prepared.model] = Origin(
-        str(spec.model), spec.tokenizer, prec, peft_json_path, reason, adapter, prepared.traits, prepared.kernels,
-        method,
+        str(spec.model), spec.tokenizer, prec, peft_json_path, reason, adapter, prepared.traits,
+        prepared.kernels, method,
     )  # fmt: skip
     return prepared.model, prepared.tokenizer
 
@@ -178,8 +179,9 @@ def build_and_run_trainer(
 ) -> Result:
     """Data, decoder, evaluation and training of a model that `prepare_*` made, in `output_dir`.
 
-    The other keys of a run config come from `cfg` (`optim`, `weight_decay`, `overwrite`, ...).
-    Raises InputError, also for a model from elsewhere.
+    The other keys of a run config come from `cfg` (`optim`, `weight_decay`, `overwrite`, ...). With
+    `skip_eval` what evaluation would need counts for nothing. Raises InputError, also for a model
+    from elsewhere.
     """
     origin = ORIGINS.get(model)
     if origin is None:
@@ -206,9 +208,9 @@ def build_and_run_trainer(
         "no_save": no_save,
         "eval_steps": eval_steps_override,
         "save_steps": save_steps_override,
-        "eval_gen": None if eval_gen is None else dict(eval_gen),
+        "eval_gen": None if skip_eval or eval_gen is None else dict(eval_gen),
         "resume": resume_from_checkpoint,
-        "min_eval_metric_after_epoch": dict(min_eval_metric_after_epoch or {}),
+        "min_eval_metric_after_epoch": {} if skip_eval else dict(min_eval_metric_after_epoch or {}),
         "seed": seed,
         "data": data,
         "val_data": val_data,
@@ -244,6 +246,7 @@ class ExampleDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.examples)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
+        i = range(len(self))[i]
         ids = torch.from_numpy(self.examples.example_ids(i).astype(np.int64))
         if self.mode == "gen":
             prompt = int(self.examples.prompt_lengths[i])
@@ -252,25 +255,34 @@ class ExampleDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": ids[:-1], "label_ids": torch.where(learnt, ids[1:], IGNORED)}
 
     def compute_metrics(self, eval_preds: Any) -> dict[str, float]:
-        """The task's metrics over all examples, in their order.
+        """The task's metrics.
 
-        Mode "gen": `eval_preds.preds` are texts. Classification in mode "lm":
-        `eval_preds.predictions` are logits [1, V] of each example at its label. Else nothing is
-        measured.
+        Mode "gen": `eval_preds.preds` are texts, of all examples in their order. Classification in
+        mode "lm": `eval_preds.predictions` and `label_ids` are logits [1, V] and the token [1] of
+        any examples at their labels. Else nothing is measured. Raises InputError.
         """
-        task, everything = self.examples.task, range(len(self))
+        task = self.examples.task
         if self.mode == "gen":
+            if len(eval_preds.preds) != len(self):
+                raise InputError(
+                    f"compute_metrics: {len(eval_preds.preds)} preds for the {len(self)} examples "
+                    f"of {self.examples.name}; give one for each, in their order"
+                )
             return task.score(
                 list(eval_preds.preds),
-                [self.examples.references(i) for i in everything],
-                [self.examples.context(i) for i in everything],
+                [self.examples.references(i) for i in range(len(self))],
+                [self.examples.context(i) for i in range(len(self))],
             )
         if not isinstance(task, ClassificationTask):
             return {}
         words = dict(zip(self.examples.class_ids, task.words, strict=True))
         likeliest = np.concatenate([np.asarray(p) for p in eval_preds.predictions]).argmax(-1)
-        right = [[words[int(self.examples.label_ids(i)[0])]] for i in everything]
-        return task.score([words.get(int(t), "") for t in likeliest], right, [""] * len(right))
+        right = np.concatenate([np.asarray(t) for t in eval_preds.label_ids])
+        return task.score(
+            [words.get(int(token), "") for token in likeliest],
+            [[words[int(token)]] for token in right],
+            [""] * len(right),
+        )
 
 
 @dataclass(frozen=True)
@@ -283,8 +295,10 @@ class DataCollator:
         ids = [instance["input_ids"] for instance in instances]
         labels = [instance["label_ids"] for instance in instances]
         real = [torch.ones(len(row), dtype=torch.bool) for row in ids]  # by place, not by id
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
         return {
-            "input_ids": pad_sequence(ids, True, float(self.tokenizer.pad_token_id)),
+            "input_ids": pad_sequence(ids, True, float(pad)),
             "label_ids": pad_sequence(labels, True, float(IGNORED)),
             "attention_mask": pad_sequence(real, True, 0.0),
         }
@@ -307,14 +321,17 @@ def load_dataset(
 ) -> ExampleDataset | DataModule:
     """The split train, val or test of a data set, by the names of `data:` in a run config.
 
-    Raises InputError.
+    It is tokenized in this process: scripts are often not made to be imported by others. Raises
+    InputError.
     """
-    if mode not in ("lm", "gen"):
-        raise InputError(f"mode is {mode!r}; expected lm or gen")
+    for name, value, known in (("mode", mode, ("lm", "gen")), ("split", split, tuple(SPLITS))):
+        if value not in known:
+            raise InputError(f"{name} is {value!r}; expected {' or '.join(known)}")
     settings = DataSettings(
         data=data,
         data_root=os.environ.get("SSM_TRAIN_DATA"),
         cache_dir=os.environ.get("SSM_TRAIN_CACHE"),
+        num_data_workers=0,
     )
     dataset = ExampleDataset(load_task_data(settings, tokenizer, split), tokenizer, mode)
     return DataModule(dataset, DataCollator(tokenizer)) if return_module else dataset

@@ -11,16 +11,18 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ssm_train.errors import InputError
+from ssm_train.strict_yaml import read_document
 
 MARKER = "cfg.yaml"
 RESULT = "result.json"  # how the run ended; summary.py writes it
+PEFT = "peft.json"  # the PEFT settings with all overrides: what `peft` names may change later
 PACKAGES = [
     "ssm_train", "torch", "triton", "transformers", "peft", "accelerate", "datasets",
     "safetensors", "tokenizers", "numpy", "flash-linear-attention", "mamba-ssm", "causal-conv1d",
@@ -31,7 +33,7 @@ RECORDED_VARIABLES = [
     "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "LOCAL_RANK",
     "NUM_DATA_WORKERS", "GRADIENT_CHECKPOINTING", "LOGITS_TO_KEEP", "LR_SCHEDULER_TYPE",
     "LR_WARMUP_STEPS", "LR_WARMUP_RATIO", "OMP_NUM_THREADS", "RANK", "SLURM_JOB_ID",
-    "SLURM_NNODES", "SSM_TRAIN_DATA", "SSM_TRAIN_OUTPUT", "WORLD_SIZE",
+    "SLURM_NNODES", "SSM_TRAIN_CACHE", "SSM_TRAIN_DATA", "SSM_TRAIN_OUTPUT", "WORLD_SIZE",
 ]  # fmt: skip
 
 
@@ -41,12 +43,14 @@ def check_run_directory(run_dir: Path, *, overwrite: bool, resume: bool) -> None
         raise InputError("overwrite and resume exclude each other; choose one")
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"run directory {run_dir} is a file; move it or set output_root")
-    if resume and not (run_dir / MARKER).exists():
+    marked = (run_dir / MARKER).exists()
+    if resume and marked and "name" not in read_document(run_dir / MARKER).values:
         raise InputError(
-            f"--resume: {run_dir} holds no run ({MARKER} is missing); start it without --resume"
+            f"--resume: {run_dir} holds a run of another program ({MARKER} has no name), whose "
+            "checkpoints are not read here; use --overwrite to start again, or set output_root"
         )
     if run_dir.is_dir() and any(run_dir.iterdir()):
-        if not (run_dir / MARKER).exists():
+        if not marked:
             raise InputError(
                 f"run directory {run_dir} holds files but no run ({MARKER} is missing); "
                 "move them or set output_root"
@@ -61,11 +65,19 @@ def check_run_directory(run_dir: Path, *, overwrite: bool, resume: bool) -> None
         raise InputError(f"cannot write to {existing}, where {run_dir} would be; set output_root")
 
 
-def create_run_directory(run_dir: Path, config_yaml: str, *, overwrite: bool) -> None:
+def create_run_directory(
+    run_dir: Path, config_yaml: str, *, overwrite: bool, new: bool = False
+) -> None:
     """Rank 0. Makes the directory with its marker; with `overwrite` an old run is removed first.
 
-    Of a run that goes on, the end that it had before is no longer its end.
+    Of a run that goes on, the end that it had before is no longer its end. `new`: raises
+    InputError where another process has made the directory since it was checked.
     """
+    if new and (run_dir / MARKER).exists():
+        raise InputError(
+            f"run directory {run_dir}: another process has started this run meanwhile; wait for "
+            "it, or choose another name"
+        )
     if overwrite and (run_dir / MARKER).exists():
         if run_dir.is_symlink():
             raise InputError(
@@ -80,15 +92,43 @@ def create_run_directory(run_dir: Path, config_yaml: str, *, overwrite: bool) ->
     )
 
 
+def record_peft(run_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Rank 0. Writes down the PEFT settings that a run is trained with."""
+    (run_dir / PEFT).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def recorded_peft(run_dir: Path) -> dict[str, Any] | None:
+    """The PEFT settings that a run was trained with; None where none were written down."""
+    path = run_dir / PEFT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def check_peft(run_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Raises InputError naming a setting that is not as when the run began."""
+    began, now = recorded_peft(run_dir), json.loads(json.dumps(settings))
+    if began is None or began == now:
+        return
+    key = next(key for key in {**now, **began} if began.get(key) != now.get(key))
+    old, new = (repr(s[key]) if key in s else "the default" for s in (began, now))
+    raise InputError(
+        f"--resume: {key} of the PEFT config was {old} when the run began and is {new} now; "
+        "put it back, or start a new run for it"
+    )
+
+
 @contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
     """Rank 0. A directory to write in, which becomes `path` when all is written: no reader, and
-    no later run, finds half of it."""
+    no later run, finds half of it. Where writing fails, nothing stays."""
     partial, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if path.exists():
         path.rename(old)
     partial.rename(path)

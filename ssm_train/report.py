@@ -24,6 +24,10 @@ BAR, TITLE, AXIS = 0.24, 0.5, 0.6  # heights
 BARS, NUMBERS, LETTER = 5.5, 1.3, 0.072  # widths
 
 
+class OtherRecord(InputError):
+    """The directory's `cfg.yaml` was written by another program, such as mamba-peft."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A run in the report; the fields are the columns of the CSV, None is an empty cell."""
@@ -55,15 +59,25 @@ class Row:
 
 
 def report_runs(run_dirs: Sequence[Path], out: Path | None = None) -> str:
-    """The table of the runs, sorted by data, seed, and main metric with the best first.
+    """The table of the runs, sorted by data, seed, and main metric with the best first; below it,
+    what was left out as the record of another program.
 
     With `out` also writes `<out>.txt`, `<out>.csv` (full precision) and `<out>.png` (bars of the
     main metric). Raises InputError for no run, or a record that cannot be read.
     """
     if not run_dirs:
         raise InputError("no run to report; give directories of runs")
-    rows = sorted((read_run(directory) for directory in run_dirs), key=place)
-    text = format_table(rows)
+    rows: list[Row] = []
+    others: list[OtherRecord] = []
+    for directory in run_dirs:
+        try:
+            rows.append(read_run(directory))
+        except OtherRecord as error:
+            others.append(error)
+    if not rows:
+        raise others[0]
+    rows.sort(key=place)
+    text = "\n".join([format_table(rows), *(f"left out: {error}" for error in others)])
     if out is not None:
         if out.suffix in SUFFIXES:
             out = out.with_suffix("")
@@ -102,7 +116,7 @@ def read_run(run_dir: Path) -> Row:
     config = read_document(run_dir / MARKER).values
     for key in ("name", "data", "seed"):
         if key not in config:
-            raise InputError(f"{run_dir / MARKER} has no {key}: it is not the record of a run")
+            raise OtherRecord(f"{run_dir / MARKER} has no {key}: it is not the record of a run")
     data = Path(config["data"]).stem  # as in the directory's name
     which = (str(run_dir), str(config["name"]), data, int(config["seed"]))
     path = run_dir / RESULT

@@ -112,8 +112,8 @@ def print_summary(result: Result, say: Any) -> None:
         rows.append((f"{name} before", f"{result.before[name]:.4g}"))
     if result.after:
         rows.append((f"{name} after", f"{result.after[name]:.4g} (step {result.best_step})"))
-    if result.test:
-        rows.append((f"{name} on test", f"{result.test[name]:.4g}"))
+    tested = {name: result.test[name]} if name in result.test else result.test  # another task
+    rows += [(f"{metric} on test", f"{value:.4g}") for metric, value in tested.items()]
     share = f"({result.trainable / result.parameters:.2%})"
     rows.append(("trainable", f"{result.trainable:,} of {result.parameters:,} parameters {share}"))
     if (rate := result.tokens_per_second) is not None:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ssm_train import distributed
-from ssm_train.adapters.base import Batch
+from ssm_train.adapters.base import Batch, LossSum
 from ssm_train.assemble import (
     Subject,
     base_id,
@@ -24,6 +27,7 @@ from ssm_train.assemble import (
     check_same_run,
     choose_main_metric,
     debug_config,
+    describe_measures,
     find_splits,
     keep_new_base,
     load_examples,
@@ -41,19 +45,26 @@ from ssm_train.bases import (
 )
 from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
+from ssm_train.data.batches import collate
 from ssm_train.data.order import Order
 from ssm_train.data.sources import check_data
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.errors import InputError
 from ssm_train.evaluate import Evaluation
-from ssm_train.lock import own
+from ssm_train.lock import check_free, own
 from ssm_train.loop import Schedule, Training, TrainState, plan_schedule, train
 from ssm_train.metrics import LOSSES, Progress, check_trackers
-from ssm_train.optim import build_optimizer
+from ssm_train.optim import build_optimizer, describe_rates, same_rate
 from ssm_train.peft.coverage import count_parameters, measure_coverage
 from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.spec import PeftSpec, load_peft
-from ssm_train.record import check_run_directory, create_run_directory
+from ssm_train.record import (
+    MARKER,
+    check_peft,
+    check_run_directory,
+    create_run_directory,
+    record_peft,
+)
 from ssm_train.resume import RunCheckpoints, find_resume_point
 from ssm_train.runlog import RunLog
 from ssm_train.summary import Result, export_weights, print_summary, write_result
@@ -76,6 +87,8 @@ def run(
         cfg = debug_config(cfg)
     run_dir = run_dir or run_directory(cfg, cfg_path)
     main = os.environ.get("RANK", "0") == "0"  # asked before the processes know each other
+    if main and not cfg.lock:
+        check_free(run_dir)
     with own(run_dir) if cfg.lock and main else nullcontext():
         return run_in(run_dir, cfg, provenance, given)
 
@@ -84,17 +97,24 @@ def run_in(
     run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str], given: Subject | None = None
 ) -> Result:
     """`run`, once the directory is ours."""
+    first = cfg.resume and not (run_dir / MARKER).exists()  # the same command the first time
+    cfg = cfg.model_copy(update={"resume": cfg.resume and not first})
     check_run_directory(run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
     check_trackers(cfg.trackers)
     splits = find_splits(cfg)
     changes = check_same_run(cfg, run_dir) if cfg.resume else []
-    main_metric = choose_main_metric(cfg, check_data(cfg, splits))
-    peft = load_peft(cfg.peft, cfg.peft_overrides.given())
+    changes += ["--resume: no run is there yet, so this one begins"] if first else []
+    task = check_data(cfg, splits)
+    main_metric = choose_main_metric(cfg, task)
+    peft = load_peft(cfg.peft, cfg.peft_overrides.given(), provenance)
+    if cfg.resume and peft:
+        check_peft(run_dir, peft.dump())
     if (unfinished := train_base(cfg)) is not None:
         return unfinished
     ready = get_ready(run_dir, cfg, splits, peft, given)
-    claim_directory(ready)
-    result = fit(ready, main_metric, [*describe_start(ready, provenance), *changes, *ready.notes])
+    claim_directory(ready, peft)
+    lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
+    result = fit(ready, main_metric, [*lines, *changes, *ready.notes])
     distributed.barrier()
     return result
 
@@ -122,6 +142,13 @@ class Ready:
         """This rank's part of optimizer step `step`."""
         return make_batches(self.data["train"], self.order, self.cfg, step)
 
+    def examples(self) -> Iterator[Batch]:
+        """The training examples in the order of training, one a batch; on every rank the same."""
+        for step in count():
+            for row in self.order.micro_batches(step):
+                for i in range(len(row)):
+                    yield collate(self.data["train"], row[i : i + 1])
+
 
 def get_ready(
     run_dir: Path,
@@ -146,17 +173,20 @@ def get_ready(
     if peft and not given:
         subject.method = peft.make()
         subject.method.inject(subject.prepared)
-    token_losses = subject.adapter.token_losses
-    if subject.method:
-        subject.method.calibrate(subject.prepared, ready.micro_batches(0), token_losses)
     autocast = partial(distributed.autocast, cfg.prec, device)
-    with autocast():
-        check_liveness(
-            subject.prepared.model,
-            ready.micro_batches(0)[0].to(device),
-            token_losses,
-            reduce_max=distributed.reduce_max,
-        )
+
+    def token_losses(model: nn.Module, batch: Batch) -> LossSum:
+        with autocast():
+            return subject.adapter.token_losses(model, batch)
+
+    if subject.method and not found:  # a resumed run takes its checkpoint's
+        subject.method.calibrate(subject.prepared, ready.examples(), token_losses)
+    check_liveness(
+        subject.prepared.model,
+        ready.micro_batches(0)[0].to(device),
+        token_losses,
+        reduce_max=distributed.reduce_max,
+    )
     ready.evaluations = {
         split: build_evaluation(cfg, subject.adapter, data[split], subject.prepared, autocast)
         for split in splits
@@ -165,11 +195,14 @@ def get_ready(
     return ready
 
 
-def claim_directory(ready: Ready) -> None:
+def claim_directory(ready: Ready, peft: PeftSpec | None) -> None:
     """All ranks. Rank 0 makes the run directory; what can be mended was found before."""
     run_dir, cfg = ready.run_dir, ready.cfg
     if distributed.is_main():  # rank 0
-        create_run_directory(run_dir, dump_yaml(cfg), overwrite=cfg.overwrite)
+        new = not (cfg.resume or cfg.overwrite)
+        create_run_directory(run_dir, dump_yaml(cfg), overwrite=cfg.overwrite, new=new)
+        if peft:
+            record_peft(run_dir, peft.dump())
         if cfg.model is not None:
             record_base(run_dir, str(ready.base))
         if isinstance(cfg.tokenizer, dict):  # built from the training data
@@ -183,7 +216,8 @@ def fit(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result:
     """All ranks. Trains, evaluates and exports; `lines` are said first."""
     cfg, subject, schedule = ready.cfg, ready.subject, ready.schedule
     bare = subject.prepared.model
-    optimizer = build_optimizer(bare, cfg, subject.prepared.traits.no_decay)
+    lr_scale = getattr(subject.method, "lr_scale", same_rate)
+    optimizer = build_optimizer(bare, cfg, subject.prepared.traits.no_decay, lr_scale)
     model, prepared_optimizer = ready.accelerator.prepare(bare, optimizer)
     checkpoints = RunCheckpoints(
         ready.run_dir, cfg.save_total_limit, bare, optimizer, ready.accelerator.scaler,
@@ -196,7 +230,7 @@ def fit(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result:
     with ExitStack() as stack:
         stop = stack.enter_context(distributed.StopFlag())
         bar = Progress(schedule.total_steps, state.step, distributed.is_main())
-        for line in lines:
+        for line in [*lines, *describe_rates(optimizer)]:
             bar.say(line)
         stack.enter_context(bar)
         log = RunLog(
@@ -288,14 +322,18 @@ def train_base(cfg: RunConfig) -> Result | None:
 
 
 def describe_start(ready: Ready, provenance: Mapping[str, str]) -> list[str]:
-    """What a run says first: values that are no defaults, model, kernels, PEFT, data, steps."""
+    """What a run says first: values that are no defaults, processes, model, kernels, PEFT, data,
+    steps."""
     prepared, schedule, data = ready.subject.prepared, ready.schedule, ready.data
+    world, device = distributed.world_size(), ready.accelerator.device
+    processes = f"{world} processes on {device.type}" if world > 1 else f"1 process on {device}"
     counts = ", ".join(f"{len(dataset):,} {split}" for split, dataset in data.items())
     dropped = data["train"].dropped
     too_long = f" ({dropped:,} longer than max_length dropped)" if dropped else ""
     return [
         f"run {ready.run_dir}",
         *(f"  {line}" for line in describe_overrides(ready.cfg, provenance)),
+        processes,
         f"model {ready.subject.reason}",
         f"kernels {', '.join(f'{op}: {name}' for op, name in prepared.kernels.items())}",
         str(measure_coverage(prepared.model)) if ready.subject.method else "full fine-tuning",

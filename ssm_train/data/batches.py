@@ -16,11 +16,7 @@ Indices = NDArray[np.int64]
 def collate(dataset: TokenizedDataset, examples: Indices) -> Batch:
     """Rows [B, T] padded on the right, with the label's tokens as targets, row by row."""
     lengths = dataset.lengths[examples]
-    rows, longest = len(examples), int(lengths.max())
-    real = np.arange(longest) < lengths[:, None]  # [B, T]
-    input_ids = np.full((rows, longest), dataset.pad_id, dtype=np.int64)
-    input_ids[real] = np.concatenate([dataset.example_ids(i) for i in examples])
-    return _batch(dataset, examples, input_ids, real)
+    return _batch(dataset, examples, np.arange(lengths.max()) < lengths[:, None])
 
 
 def pack(dataset: TokenizedDataset, examples: Indices, tokens: int) -> Batch:
@@ -32,30 +28,23 @@ def pack(dataset: TokenizedDataset, examples: Indices, tokens: int) -> Batch:
     total = int(lengths.sum())
     assert total <= tokens, (total, tokens)
     ends = np.cumsum(lengths)
-    input_ids = np.full((1, tokens), dataset.pad_id, dtype=np.int64)
-    input_ids[0, :total] = np.concatenate([dataset.example_ids(i) for i in examples])
     segments = [0, *ends] if total == tokens else [0, *ends, tokens]
-    real = np.arange(tokens)[None] < total
-    batch = _batch(dataset, examples, input_ids, real)
+    batch = _batch(dataset, examples, np.arange(tokens)[None] < total)
     batch.attention_mask = None
     batch.cu_seqlens = torch.tensor(segments, dtype=torch.int32)
     return batch
 
 
-def _batch(
-    dataset: TokenizedDataset,
-    examples: Indices,
-    input_ids: NDArray[np.int64],  # [B, T]
-    real: NDArray[np.bool_],  # [B, T]
-) -> Batch:
-    """The batch whose real tokens, in row-major order, are the examples one after the other."""
+def _batch(dataset: TokenizedDataset, examples: Indices, real: NDArray[np.bool_]) -> Batch:
+    """The batch whose real tokens [B, T], in row-major order, are the examples one after the
+    other."""
     lengths = dataset.lengths[examples]
-    position_ids = np.zeros_like(input_ids)
-    position_ids[real] = count_up(lengths)
-    sequence_ids = np.full_like(input_ids, -1)
-    sequence_ids[real] = np.repeat(np.arange(len(examples)), lengths)
+    input_ids = np.full(real.shape, dataset.pad_id, dtype=np.int64)
+    position_ids, sequence_ids = np.zeros_like(input_ids), np.full_like(input_ids, -1)
     learnt = np.zeros_like(real)
-    learnt[real] = np.concatenate([dataset.learnt(i) for i in examples])
+    input_ids[real], learnt[real] = dataset.join(examples)
+    position_ids[real] = count_up(lengths)
+    sequence_ids[real] = np.repeat(np.arange(len(examples)), lengths)
     # The token at position t is predicted at position t - 1, which is of the same example.
     target_positions = np.flatnonzero(learnt) - 1
     targets = input_ids.reshape(-1)[target_positions + 1]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ssm_train.checkpoint import digest
+from ssm_train.data.records import expand_home
 from ssm_train.data.tokens import Chunk
 from ssm_train.errors import InputError
 from ssm_train.lock import InUse, own
@@ -55,8 +57,10 @@ class TokenCache:
         contexts. Raises InputError when the directory cannot be written.
         """
         waited = False
-        while not self.is_whole(say):
+        while True:
             try:
+                if self.is_whole(say):
+                    return
                 with own(self.directory):
                     if not self.is_whole(say):
                         self._write(build(), answers)
@@ -90,11 +94,10 @@ class TokenCache:
         """The examples, mapped: bytes are read when they are used, and shared by all processes."""
         try:
             file = pa.ipc.open_file(pa.memory_map(str(self.directory / EXAMPLES)))
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
             raise InputError(
-                f"cache_dir: {self.directory} cannot be read by this process "
-                f"({error.strerror or error}); set cache_dir (SSM_TRAIN_CACHE) to a directory that "
-                "all machines share"
+                f"cache_dir: {self.directory} cannot be read by this process ({error}); set "
+                "cache_dir (SSM_TRAIN_CACHE) to a directory that all machines share"
             ) from None
         numbers = range(file.num_record_batches)
         return [read_chunk(*file.get_batch_with_custom_metadata(i)) for i in numbers]
@@ -151,25 +154,37 @@ def read_chunk(batch: pa.RecordBatch, metadata: pa.KeyValueMetadata) -> Chunk:
 
 def default_cache_dir() -> Path:
     """`ssm_train` in the user's cache directory (XDG_CACHE_HOME, else ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssm_train"
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cache_dir") / "ssm_train"
 
 
 def describe_files(files: tuple[Path, ...]) -> list[list[str]]:
-    """Place and SHA-256 of each file: the same files elsewhere are the same data."""
+    """Place and SHA-256 of each file: the same files elsewhere are the same data.
+
+    Raises InputError for one that cannot be read.
+    """
     folder = os.path.commonpath([file.parent for file in files])
-    return [[os.path.relpath(file, folder), digest(file)] for file in files]
+    try:
+        return [[os.path.relpath(file, folder), digest(file)] for file in files]
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def describe_tokenizer(tokenizer: Any) -> str:
     """SHA-256 of all that decides which ids a text gets."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        rules = backend.to_str()
+        rules = rules[rules.index('"added_tokens"') :]  # before: how the last call cut and padded
+    else:
+        described = [tokenizer.get_vocab(), tokenizer.init_kwargs]
+        rules = json.dumps(described, sort_keys=True, default=str)
     parts = [type(tokenizer).__name__, rules, str(tokenizer.special_tokens_map)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @cache
-def describe_code() -> str:
-    """SHA-256 of this room's source: data that other code would make otherwise is made again."""
+def describe_code() -> list[str]:
+    """SHA-256 of this room's source, and versions of the libraries that make ids: what other code
+    would make otherwise is made again."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"\n".join(file.read_bytes() for file in files)).hexdigest()
+    ours = hashlib.sha256(b"\n".join(file.read_bytes() for file in files)).hexdigest()
+    return [ours, *(f"{name} {metadata.version(name)}" for name in ("tokenizers", "transformers"))]

@@ -13,18 +13,21 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ssm_train.data.records import Placed, Records
 from ssm_train.data.tasks.task import Rendered, Segment, Task
 from ssm_train.data.tasks.text import ClassificationTask
-from ssm_train.data.tokens import Chunk, TokenizedDataset
+from ssm_train.data.tokens import Chunk, Ids, TokenizedDataset
 from ssm_train.errors import InputError
 
 CHUNK_RECORDS = 2_048
+CHUNK_CHARACTERS = 2_000_000  # a token takes some 250 bytes until its id is all that is kept
 PARALLEL_AFTER_SECONDS = 5.0  # before, starting processes costs more than it saves
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,15 @@ class Encoder:
     def encode(self, piece: Sequence[Placed]) -> Chunk:
         """Raises InputError with the place of the record that cannot be used."""
         rendered = list(render_records(self.task, piece, training=self.training))
+        ids_of = self.tokenize(s for _, texts in rendered for s in texts.segments)
         examples: list[Example] = []
         dropped = 0
-        segment_ids = iter(self.tokenize([s for _, e in rendered for s in e.segments]))
         for place, texts in rendered:
-            parts = list(islice(segment_ids, len(texts.segments)))
             try:
-                example = self.join(texts, parts)
+                example = self.join(texts, [ids_of[segment] for segment in texts.segments])
             except InputError as error:
                 raise InputError(f"{place}: {error}") from None
-            if not self.training or self.max_length is None or len(example.ids) <= self.max_length:
+            if not self.training or self.max_length is None or len(example) <= self.max_length:
                 examples.append(example)
             elif texts.cut:
                 examples += example.cut(self.max_length)
@@ -59,68 +61,79 @@ class Encoder:
                 dropped += 1
         return make_chunk(examples, dropped, with_answers=not self.training)
 
-    def join(self, texts: Rendered, parts: list[list[int]]) -> Example:
+    def join(self, texts: Rendered, parts: list[Ids]) -> Example:
         """One example of its segments' ids. Raises InputError without a place."""
         if self.label_tokens:
-            parts[-1] = [self.label_tokens[texts.label]]
-        if not parts[-1]:
+            parts[-1] = as_ids([self.label_tokens[texts.label]])
+        if not len(parts[-1]):
             raise InputError("the label has no tokens")
-        if texts.ends:
-            parts[-1] = [*parts[-1], self.tokenizer.eos_token_id]
-        learnt = [
-            segment.learnt for segment, ids in zip(texts.segments, parts, strict=True) for _ in ids
-        ]
-        ids = [i for part in parts for i in part]
+        learnt = [segment.learnt for segment in texts.segments]
         if len(parts) == 1:  # text: nothing predicts its first token
-            learnt[0] = False
-        elif learnt[0]:
+            parts, learnt = [parts[0][:1], parts[0][1:]], [False, True]
+        elif not any(map(len, parts[: learnt.index(True)])):
             raise InputError("the prompt has no tokens")
-        if len(ids) < 2:
+        prompt_length = sum(map(len, parts[:-1]))
+        if texts.ends:
+            parts, learnt = [*parts, as_ids([self.tokenizer.eos_token_id])], [*learnt, True]
+        example = Example(parts, learnt, prompt_length, texts)
+        if len(example) < 2:
             raise InputError("the text is one token long, so that there is nothing to predict")
-        return Example(ids, learnt, max(1, len(ids) - len(parts[-1])), texts)
+        return example
 
-    def tokenize(self, segments: Sequence[Segment]) -> list[list[int]]:
-        """Ids of each segment; special tokens are never added, and read only out of markup."""
-        found: list[list[int]] = [[] for _ in segments]
+    def tokenize(self, segments: Iterable[Segment]) -> dict[Segment, Ids]:
+        """Ids of each different segment, so that what all prompts share is tokenized once.
+
+        Special tokens are never added, and read only out of markup.
+        """
+        found: dict[Segment, Ids] = {}
+        different = dict.fromkeys(segments)
         for special in (False, True):
-            places = [i for i, segment in enumerate(segments) if segment.special == special]
-            if not places:
-                continue
-            encoded = self.tokenizer(
-                [segments[i].text for i in places],
-                add_special_tokens=False,
-                split_special_tokens=not special,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-            for i, ids in zip(places, encoded["input_ids"], strict=True):
-                found[i] = list(ids)
+            alike = [segment for segment in different if segment.special == special]
+            for piece in cut(alike, lambda segment: len(segment.text)):
+                encoded = self.tokenizer(
+                    [segment.text for segment in piece],
+                    add_special_tokens=False,
+                    split_special_tokens=not special,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                    verbose=False,
+                )
+                found.update(zip(piece, map(as_ids, encoded["input_ids"]), strict=True))
         return found
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example's tokens."""
+    """One example's tokens, in parts."""
 
-    ids: list[int]
-    learnt: list[bool]
+    parts: list[Ids]
+    learnt: list[bool]  # of each part
     prompt_length: int
     texts: Rendered
 
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
     def cut(self, length: int) -> Iterator[Example]:
-        """Pieces of at most `length` tokens; each begins with the last token of the one before,
-        which is only read there, so that every token is learnt once."""
-        for start in range(0, len(self.ids) - 1, length - 1):
-            learnt = [False, *self.learnt[start + 1 : start + length]]
-            yield Example(self.ids[start : start + length], learnt, 1, self.texts)
+        """Text as pieces of at most `length` tokens; each begins with the last token of the one
+        before, which is only read there, so that every token is learnt once."""
+        ids = np.concatenate(self.parts)
+        for start in range(0, len(ids) - 1, length - 1):
+            parts = [ids[start : start + 1], ids[start + 1 : start + length]]
+            yield Example(parts, [False, True], 1, self.texts)
+
+
+def as_ids(tokens: Sequence[int]) -> Ids:
+    return np.array(tokens, dtype=np.int32)
 
 
 def make_chunk(examples: Sequence[Example], dropped: int, *, with_answers: bool) -> Chunk:
+    parts = [as_ids([]), *(part for example in examples for part in example.parts)]
+    learnt = [False, *(flag for example in examples for flag in example.learnt)]
     return Chunk(
-        ids=np.array([i for example in examples for i in example.ids], dtype=np.int32),
-        learnt=np.array([i for example in examples for i in example.learnt], dtype=np.bool_),
-        lengths=np.array([len(example.ids) for example in examples], dtype=np.int64),
+        ids=np.concatenate(parts),
+        learnt=np.repeat(learnt, list(map(len, parts))),
+        lengths=np.array(list(map(len, examples)), dtype=np.int64),
         prompt_lengths=np.array([example.prompt_length for example in examples], dtype=np.int64),
         references=tuple(e.texts.references for e in examples) if with_answers else (),
         contexts=tuple(e.texts.context for e in examples) if with_answers else (),
@@ -228,7 +241,9 @@ def find_label_tokens(task: Task, tokenizer: Any) -> dict[str, int]:
         return {}
     encoder = Encoder(task, tokenizer, {}, False)
     for spelling in (str, lambda word: " " + word.strip(), str.strip):
-        ids = encoder.tokenize([Segment(spelling(word)) for word in task.words])
+        segments = [Segment(spelling(word)) for word in task.words]
+        ids_of = encoder.tokenize(segments)
+        ids = [ids_of[segment].tolist() for segment in segments]
         starts = {tuple(word_ids[:-1]) for word_ids in ids}
         if len(starts) > 1 or not all(ids) or tokenizer.decode(list(starts.pop())).strip():
             continue
@@ -236,10 +251,9 @@ def find_label_tokens(task: Task, tokenizer: Any) -> dict[str, int]:
         known = tokenizer.unk_token_id not in tokens.values()
         if known and len(set(tokens.values())) == len(tokens):
             return tokens
-    ids = encoder.tokenize([Segment(word) for word in task.words])
     shown = {
-        word: tokenizer.convert_ids_to_tokens(word_ids)
-        for word, word_ids in zip(task.words, ids, strict=True)
+        segment.text: tokenizer.convert_ids_to_tokens(ids.tolist())
+        for segment, ids in encoder.tokenize(map(Segment, task.words)).items()
     }
     unknown = tokenizer.unk_token
     word, tokens_of_word = max(shown.items(), key=lambda item: (unknown in item[1], len(item[1])))
@@ -253,7 +267,7 @@ def _encode_all(
     encoder: Encoder, records: Records, limit: int | None, num_workers: int
 ) -> Iterator[tuple[int, Chunk]]:
     """(records, their examples) in order: the first ones here, the rest in processes."""
-    pieces = _cut(islice(records.placed(), limit))
+    pieces = cut(islice(records.placed(), limit), _characters)
     begun = time.monotonic()
     first = next(pieces, None)
     while first and not (num_workers and time.monotonic() > begun + PARALLEL_AFTER_SECONDS):
@@ -273,10 +287,23 @@ def _encode_all(
             yield size, future.result()
 
 
-def _cut(rows: Iterable[Placed]) -> Iterator[list[Placed]]:
-    rows = iter(rows)
-    while piece := list(islice(rows, CHUNK_RECORDS)):
-        yield piece
+def cut(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """Runs of items that end at CHUNK_RECORDS items, or where they reach CHUNK_CHARACTERS."""
+    run: list[T] = []
+    size = 0
+    for item in items:
+        run.append(item)
+        size += characters(item)
+        if len(run) == CHUNK_RECORDS or size >= CHUNK_CHARACTERS:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def _characters(placed: Placed) -> int:
+    """About as many as the texts of the record have."""
+    return sum(len(str(value)) for value in placed[1].values())
 
 
 _encoder: Encoder | None = None  # set once in each tokenizing process

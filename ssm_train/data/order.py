@@ -58,9 +58,9 @@ def _mix(x: Keys) -> Keys:
 @dataclass
 class PaddedOrder:
     """Steps of `batch_size * world * accumulation` examples, every example once an epoch, the
-    remainder left out (another one each epoch).
+    remainder left out (another one each epoch). Data that is smaller than that is one step.
 
-    Raises InputError when the data is smaller than one step.
+    Raises InputError when not every micro-batch of it would have an example.
     """
 
     lengths: Indices  # [N] tokens
@@ -73,16 +73,17 @@ class PaddedOrder:
     """The block last sorted: epoch, number, examples."""
 
     def __post_init__(self) -> None:
-        if len(self.lengths) < self.global_batch:
+        if len(self.lengths) < self.world * self.accumulation:
             raise InputError(
-                f"{len(self.lengths)} training examples are fewer than the {self.global_batch} of "
-                f"one optimizer step (batch_size {self.batch_size} x {self.world} processes x "
-                f"gradient_accumulation_steps {self.accumulation}); lower batch_size"
+                f"{len(self.lengths)} training examples are fewer than the micro-batches of one "
+                f"optimizer step ({self.world} processes x gradient_accumulation_steps "
+                f"{self.accumulation}); lower gradient_accumulation_steps"
             )
 
     @property
     def global_batch(self) -> int:
-        return self.batch_size * self.world * self.accumulation
+        """Examples of one optimizer step."""
+        return min(self.batch_size * self.world * self.accumulation, len(self.lengths))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -118,7 +119,7 @@ class PaddedOrder:
 
     def micro_batches(self, step: int) -> list[Indices]:
         """[accumulation x world] micro-batches; number a * world + r is rank r's a-th."""
-        return np.split(self.step_examples(step), self.world * self.accumulation)
+        return np.array_split(self.step_examples(step), self.world * self.accumulation)
 
     def rank_micro_batches(self, step: int, rank: int) -> list[Indices]:
         """The micro-batches of one rank, in time order."""

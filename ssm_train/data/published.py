@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ssm_train.data.records import Numbered, Records, read_records
+from ssm_train.data.records import Numbered, Records, expand_home, read_records
 from ssm_train.errors import InputError
 
 if TYPE_CHECKING:  # the tasks' files import this one
@@ -54,7 +56,7 @@ class JoinedRecords(Records):
     """The files begun so far, each with the number before its first record."""
 
     def where(self, number: int) -> str:
-        start, records = [begun for begun in self.starts if begun[0] < number][-1]
+        start, records = self.starts[bisect_left(self.starts, number, key=itemgetter(0)) - 1]
         return records.where(number - start)
 
 
@@ -103,6 +105,8 @@ class Published:
     (no label)."""
     beside: tuple[str, ...] = ()
     """Patterns of files in the folder that the records are made with too."""
+    holds_paths: bool = False
+    """Whether the examples say where their files are, so that moved files are other examples."""
     source: str = ""
     """Where a user gets the files, for messages."""
 
@@ -121,19 +125,23 @@ class FoundSplit:
     @property
     def depends_on(self) -> tuple[Path, ...]:
         """All files that decide what the records are."""
-        beside = (path for p in self.published.beside for path in sorted(self.folder.glob(p)))
+        beside = (file for p in self.published.beside for file in match_files(self.folder, p))
         return tuple(dict.fromkeys((*self.files, *beside)))
 
     def open(self) -> Records:
         """The records, in an order that is always the same. Raises InputError while reading."""
-        records = self.published.read(self.files)
-        rows = self._clean(records)
+        records = self.open_official()
         if self.part.share == "all" and self.size is None:
-            return replace(records, rows=rows)
-        kept = list(rows)
+            return records
+        kept = list(records.rows)
         if self.part.share != "all":
             kept = [kept[i] for i in share_of(len(kept), self.part.share)]
         return replace(records, rows=subset(kept, self.size))
+
+    def open_official(self) -> Records:
+        """All records of the official split, one by one. Raises InputError while reading."""
+        records = self.published.read(self.files)
+        return replace(records, rows=self._clean(records))
 
     def _clean(self, records: Records) -> Iterator[Numbered]:
         clean = self.published.clean
@@ -188,7 +196,7 @@ def find_split(
 def find_folder(published: Published, name: str, data_root: str | None) -> Path:
     """Below `data_root`, else the hub's files, downloaded or cached."""
     if data_root is not None:
-        root = Path(data_root).expanduser()
+        root = expand_home(data_root, "data_root")
         for folder in published.folders:
             if (root / folder).is_dir():
                 return root / folder
@@ -214,11 +222,18 @@ def find_folder(published: Published, name: str, data_root: str | None) -> Path:
 def find_files(published: Published, name: str, folder: Path, part: Part) -> tuple[Path, ...]:
     patterns = published.files[part.official]
     for pattern in patterns:
-        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
-            return tuple(found)
+        if found := match_files(folder, pattern):
+            return found
     raise InputError(
         f"data: {name}: {folder} has no file for the {part.official} split; expected "
         f"{' or '.join(patterns)}"
+    )
+
+
+def match_files(folder: Path, pattern: str) -> tuple[Path, ...]:
+    """The files that a pattern names, in order of their names; hidden ones are not meant."""
+    return tuple(
+        sorted(p for p in folder.glob(pattern) if p.is_file() and not p.name.startswith("."))
     )
 
 

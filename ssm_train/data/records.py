@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +18,9 @@ Numbered = tuple[int, dict[str, Any]]
 Placed = tuple[str, dict[str, Any]]
 """A record and what an error message calls its place."""
 T = TypeVar("T")
+
+LONGEST_CELL = 2**31 - 1  # characters of a CSV value; Python's own limit is 131,072
+HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,16 @@ def read_records(path: Path) -> Records:
         )
     reader, by_line = READERS[path.suffix]
     return Records(str(path), readable(path, reader), by_line)
+
+
+def expand_home(path: str | Path, key: str) -> Path:
+    """`~` as the home directory. Raises InputError, naming the config's `key`, without one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"{key}: {path} needs a home directory, and there is none; give a whole path"
+        ) from None
 
 
 def readable(path: Path, reader: Callable[[Path], Iterator[T]]) -> Iterator[T]:
@@ -96,14 +111,18 @@ def _read_json(path: Path) -> Iterator[Numbered]:
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        values = json.loads(text)
+        if HALF_A_CHARACTER.search(text):
+            json.dumps(values, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if "\n" in text.strip() else ""
+        hint = " (one record a line is .jsonl)" if line and error.msg == "Extra data" else ""
         raise InputError(
-            f"{where}{line}: malformed JSON at column {error.colno}: {error.msg}"
+            f"{where}{line}: malformed JSON at column {error.colno}: {error.msg}{hint}"
         ) from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
         raise InputError(f"{where}: unusable JSON: {error}") from None
+    return values
 
 
 def _mapping(record: Any, where: str) -> dict[str, Any]:
@@ -112,31 +131,31 @@ def _mapping(record: Any, where: str) -> dict[str, Any]:
     return record
 
 
-def _read_table(path: Path, delimiter: str) -> Iterator[Numbered]:
+def read_table(
+    path: Path, delimiter: str = ",", header: Sequence[str] = (), *, strict: bool = True
+) -> Iterator[Numbered]:
+    """Rows of a CSV file under the names of its first line, or of `header`; empty lines are none.
+
+    `strict`: a quote within a quoted value is an error unless it is doubled. Raises InputError with
+    the line: malformed, more or fewer values than names, a name twice.
+    """
+    csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        table = csv.reader(lines, delimiter=delimiter, strict=True)
+        table = csv.reader(lines, delimiter=delimiter, strict=strict)
         try:
-            header = next(table, [])
-            if len(set(header)) < len(header):
-                raise InputError(f"{path}:1: a column name occurs twice in {header}")
+            names = list(header) or next(table, [])
+            if len(set(names)) < len(names):
+                raise InputError(f"{path}:1: a column name occurs twice in {names}")
             for values in table:
-                if len(values) == len(header):
-                    yield table.line_num, dict(zip(header, values, strict=True))
+                if len(values) == len(names):
+                    yield table.line_num, dict(zip(names, values, strict=True))
                 elif values:
                     raise InputError(
                         f"{path}:{table.line_num}: {len(values)} values; "
-                        f"the header has {len(header)} columns"
+                        f"expected {len(names)}, from {names[0]!r} to {names[-1]!r}"
                     )
         except csv.Error as error:
             raise InputError(f"{path}:{table.line_num}: malformed CSV: {error}") from None
-
-
-def _read_csv(path: Path) -> Iterator[Numbered]:
-    return _read_table(path, ",")
-
-
-def _read_tsv(path: Path) -> Iterator[Numbered]:
-    return _read_table(path, "\t")
 
 
 def _read_parquet(path: Path) -> Iterator[Numbered]:
@@ -158,14 +177,15 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[Numbered]], bool]] = {
     ".jsonl": (_read_jsonl, True),
     ".ndjson": (_read_jsonl, True),
     ".json": (_read_json, False),
-    ".csv": (_read_csv, True),
-    ".tsv": (_read_tsv, True),
+    ".csv": (read_table, True),
+    ".tsv": (partial(read_table, delimiter="\t"), True),
     ".parquet": (_read_parquet, False),
 }
 """Suffix -> reader, and whether its numbers are lines."""
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls the type of `value`, for messages."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return "null" if value is None else names.get(type(value), "a number")
+    """What JSON calls the type of `value`, for messages; Parquet has types that JSON has not."""
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    names |= {int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from ssm_train.data.examples import (
     make_dataset,
     make_encoder,
     render_records,
+    tokenize_records,
 )
-from ssm_train.data.published import Published, download, find_split, read_files
-from ssm_train.data.records import READERS, Records
+from ssm_train.data.published import Published, download, find_split, match_files, read_files
+from ssm_train.data.records import READERS, Records, expand_home
 from ssm_train.data.tasks import PUBLISHED, TASKS, build_task, guess_task
 from ssm_train.data.tasks.chat import ChatTask, bind_template, template_text
 from ssm_train.data.tasks.corpus import CorpusTask
@@ -36,7 +38,7 @@ from ssm_train.data.tasks.quickstart import (
 )
 from ssm_train.data.tasks.random_tokens import check_split, random_chunk
 from ssm_train.data.tasks.task import Task
-from ssm_train.data.tokens import TokenizedDataset
+from ssm_train.data.tokens import Chunk, TokenizedDataset
 from ssm_train.errors import InputError, near
 
 Generate = Callable[[str], Iterator[dict[str, Any]]]
@@ -65,6 +67,8 @@ class Source:
 
     name: str
     open: Callable[[], Records]
+    peek: Callable[[], Records]
+    """The same or more records, whose first one is there at once."""
     task: Task | None = None
     """The task that the data brings along."""
     files: tuple[Path, ...] = ()
@@ -96,21 +100,25 @@ def load_task_data(
     max_length = settings.max_length
     if settings.packing:
         max_length = min(max_length or settings.tokens_per_batch, settings.tokens_per_batch)
-    source, task = find_source(settings, split), find_task(settings)
+    source, task = find_source(settings, split), find_task(settings, split)
     if isinstance(task, ChatTask):
         task = bind_template(task, tokenizer)
+    workers = settings.num_data_workers
+    if source.random_length is None and not source.files:
+        return tokenize_records(
+            source.open(), task, tokenizer, training=training, max_length=max_length, limit=limit,
+            num_workers=workers, progress=progress,
+        )  # fmt: skip
     encoder = make_encoder(task, tokenizer, training=training, max_length=max_length)
-    if source.random_length:
-        chunk = random_chunk(source.random_length, split, tokenizer)
+    if source.random_length is not None:
+        chunk = random_chunk(source.random_length, split, tokenizer, limit)
         return make_dataset(encoder, source.name, [chunk])
 
-    def chunks() -> Iterator[Any]:
-        workers = settings.num_data_workers
+    def chunks() -> Iterator[Chunk]:
         return encode_records(encoder, source.open(), limit, workers, progress)
 
-    if not source.files:
-        return make_dataset(encoder, source.name, list(chunks()))
-    root = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
+    given = settings.cache_dir
+    root = expand_home(given, "cache_dir") if given else default_cache_dir()
     cache = TokenCache(
         root / "tokens",
         split,
@@ -129,17 +137,20 @@ def load_task_data(
     return make_dataset(encoder, source.name, cache.read())
 
 
-def find_task(settings: DataSettings) -> Task:
-    """The task that `task:` says, else the data's own, else one for the usual field names.
+def find_task(settings: DataSettings, split: str = "train") -> Task:
+    """How the records of a split are read: the task that `task:` says, else its data set's own,
+    else the training data's, whose field names may say it.
 
     Raises InputError.
     """
     if settings.task is not None:
         return build_task(settings.task)
-    source = find_source(settings, "train")
+    source = find_source(settings, split)
     if source.task is not None:
         return source.task
-    _, record = next(iter(source.open().rows), (0, {}))
+    if split != "train":
+        return find_task(settings)
+    _, record = next(iter(source.peek().rows), (0, {}))
     if (task := guess_task(record)) is not None:
         return task
     raise InputError(
@@ -167,7 +178,7 @@ def find_source(settings: DataSettings, split: str) -> Source:
         split = settings.val_data_split
     elif split == "test" and settings.test_data is not None:
         name, key = settings.test_data, "test_data"
-    if key == "data" and split != "train" and Path(name).is_file():
+    if key == "data" and split != "train" and expand_home(name, key).is_file():
         raise InputError(
             f"data is the one file {name}, which has no {split!r} split; set val_data (test_data)"
         )
@@ -186,18 +197,25 @@ def resolve_source(
         return _random(name, int(match[1]), split)
     if dataset in PUBLISHED:
         return _published(name, PUBLISHED[dataset], split, data_root, size)
-    path = Path(name).expanduser()
+    path = expand_home(name, key)
     if path.is_file():
         return _of_files(name, (path,))
     if path.is_dir():
         return _of_files(name, _files_of_split(path, split))
-    names = [*GENERATED, *PUBLISHED, "random_<length>"]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.suffix in READERS:
-        hint = near(name, names) or f"; data set names: {', '.join(names)}"
-        raise InputError(f"{key}: {name} is neither a file nor a data set name{hint}")
+        raise InputError(f"{key}: {name} is neither a file nor a data set name{_hint(name)}")
     stems = SPLITS.get(split, (split,))
     patterns = [p.format(stem=s, suffix=x) for p in PLACES for s in stems for x in READERS]
     return _of_files(name, _files_of_split(download(name, patterns, name), split))
+
+
+def _hint(name: str) -> str:
+    """The data sets that a wrong name may have meant: `rte` is a part of one's name."""
+    names = [*GENERATED, *PUBLISHED, "random_<length>"]
+    meant = [known for known in names if name.lower() in re.split("[-_]", known)]
+    if 0 < len(meant) <= 3:
+        return f"; did you mean {' or '.join(map(repr, meant))}?"
+    return near(name.lower(), names) or f"; data set names: {', '.join(names)}"
 
 
 def has_split(settings: DataSettings, split: str) -> bool:
@@ -216,18 +234,18 @@ def has_split(settings: DataSettings, split: str) -> bool:
 
 def check_data(settings: DataSettings, splits: tuple[str, ...] = ("train", "val")) -> Task:
     """Finds a user's mistakes before a model is loaded: the task, the files, and the first record
-    of each split. Raises InputError; returns the task."""
-    task = find_task(settings)
+    of each split. Raises InputError; returns the task of the evaluation, else of the training."""
+    tasks = {split: find_task(settings, split) for split in ("train", *splits)}
     for split in splits:
-        source = find_source(settings, split)
+        source, task = find_source(settings, split), tasks[split]
         if source.random_length:
             continue
-        records = source.open()
+        records = source.peek()
         first = next(records.placed(), None)
         if first is None:
             raise InputError(f"{records.name} holds no records")
         next(render_records(task, [first], training=split == "train"))
-    return task
+    return tasks.get("val", tasks["train"])
 
 
 def training_texts(settings: DataSettings) -> Iterator[str]:
@@ -258,7 +276,7 @@ def _generated(name: str, dataset: str, split: str, size: int | None) -> Source:
         rows = enumerate(generate(split), start=1)
         return Records(where, islice(rows, size if split == "train" else None))
 
-    return Source(where, records, task)
+    return Source(where, records, records, task)
 
 
 def _random(name: str, length: int, split: str) -> Source:
@@ -267,7 +285,7 @@ def _random(name: str, length: int, split: str) -> Source:
     def refuse() -> Records:
         raise InputError(f"data: {name} has ids but no texts; set `tokenizer:` to an existing one")
 
-    return Source(f"{name} ({split})", refuse, CorpusTask(), random_length=length)
+    return Source(f"{name} ({split})", refuse, refuse, CorpusTask(), random_length=length)
 
 
 def _published(
@@ -276,12 +294,18 @@ def _published(
     if size is not None:  # N training examples, a tenth as many for validation, all for the test
         size = {"train": size, "val": max(1, size // 10)}.get(split)
     found = find_split(published, name, split, data_root, size)
-    recipe = f"{name} {split} {found.folder.resolve()}"
-    return Source(f"{name} ({split})", found.open, published.task, found.depends_on, recipe)
+    recipe = f"{name} {split}"
+    if published.holds_paths:
+        recipe += f" {found.folder.resolve()}"
+    return Source(
+        f"{name} ({split})", found.open, found.open_official, published.task, found.depends_on,
+        recipe,
+    )  # fmt: skip
 
 
 def _of_files(name: str, files: tuple[Path, ...]) -> Source:
-    return Source(name, lambda: read_files(files), None, files)
+    read = partial(read_files, files)
+    return Source(name, read, read, None, files)
 
 
 def _files_of_split(directory: Path, split: str) -> tuple[Path, ...]:
@@ -289,8 +313,8 @@ def _files_of_split(directory: Path, split: str) -> tuple[Path, ...]:
     for stem in stems:
         for place in PLACES:
             for suffix in READERS:
-                if found := sorted(directory.glob(place.format(stem=stem, suffix=suffix))):
-                    return tuple(found)
+                if found := match_files(directory, place.format(stem=stem, suffix=suffix)):
+                    return found
     raise InputError(
         f"{directory} has no {split!r} file; expected {' or '.join(stems)} with one of "
         f"{' '.join(READERS)}"

@@ -86,6 +86,18 @@ class TokenizedDataset:
         chunk, j = self._find(i)
         return chunk.learnt[chunk.offsets[j] : chunk.offsets[j + 1]]
 
+    def join(self, examples: Lengths) -> tuple[Ids, Mask]:
+        """All tokens of some examples, one after the other, and which of them the loss is on."""
+        numbers = self._starts.searchsorted(examples, side="right") - 1
+        places = examples - self._starts[numbers]
+        ids, learnt = [], []
+        for number, place in zip(numbers.tolist(), places.tolist(), strict=True):
+            chunk = self.chunks[number]
+            start, end = chunk.offsets[place], chunk.offsets[place + 1]
+            ids.append(chunk.ids[start:end])
+            learnt.append(chunk.learnt[start:end])
+        return np.concatenate(ids), np.concatenate(learnt)
+
     def prompt_ids(self, i: int) -> Ids:
         return self.example_ids(i)[: self.prompt_lengths[i]]
 

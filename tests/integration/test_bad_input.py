@@ -222,7 +222,6 @@ DATA = [
         {"task": {**CLASSES, "labels": {"one c": "yes", "two c": "no"}}},
         *("train.jsonl:3", "'three c'", "'answer'", "known"),
     ),
-    changed("batch larger than data", {"batch_size": 9}, "4 training examples", "batch_size 9"),
     changed("all too long", {"max_length": 2}, "max_length", "2"),
     changed("tokenizer key", {"tokenizer": {"type": "word", "size": 9}}, "tokenizer", "'size'"),
 ]
@@ -271,7 +270,6 @@ DIRECTORIES = [
         *({}, "output/train_seed42/run", "move them or set output_root"),
         files={"output/train_seed42/run/precious.txt": ""},
     ),
-    changed("nothing to resume", {"resume": True}, "--resume", "output/train_seed42/run"),
     changed("output below a file", {"output_root": "train.jsonl"}, "train.jsonl", "output_root"),
     changed("tracker that is missing", {"trackers": ["swanlab"]}, "swanlab", "pip install swanlab"),
 ]

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from spider_library import write_database, write_tables
 from tiny_runs import losses, make_records, metrics, train, write_config
 from transformers import AutoTokenizer
@@ -73,6 +75,27 @@ def test_text_is_packed_cut_and_measured_by_its_loss(tmp_path: Path) -> None:
         result.run_dir, ["say one"], checkpoint="best", device="cpu", max_new_tokens=4, num_beams=1
     )
     assert len(answers) == 1
+
+
+def test_a_test_split_of_another_task_has_its_own_metrics(tmp_path: Path) -> None:
+    """Trained on RTE, tested on CoLA, whose one metric is not the one that chooses the best."""
+    rows = [
+        {"sentence1": f"one {i}", "sentence2": "two", "sentence": "three", "label": i % 2}
+        for i in range(20)
+    ]
+    for name in ("rte", "cola"):
+        folder = tmp_path / "data" / "glue" / name
+        folder.mkdir(parents=True)
+        for split in ("train", "validation"):
+            parquet.write_table(pa.Table.from_pylist(rows), folder / f"{split}-0.parquet")
+    result = train(
+        write_config(
+            tmp_path, "rte", "mamba", data="glue-tvt_rte", test_data="glue-tvt_cola",
+            data_root=str(tmp_path / "data"), **WITHOUT_TASK, max_steps=4,
+        )
+    )  # fmt: skip
+    assert result.main_metric == "accuracy" and "mcc" in result.test
+    assert "mcc" not in result.after and "accuracy" not in result.test
 
 
 def test_spider_is_measured_on_its_databases(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from ssm_train.evaluate import (
     evaluate_classification,
     evaluate_generation,
     evaluate_loss,
+    score_once,
     slice_of_rank,
     write_predictions,
 )
@@ -423,6 +424,23 @@ def test_generation_over_ranks(model, tokenizer, tmp_path, world_size):
     assert lines[3]["input"] == "w4 w4 w20 w21" and lines[3]["input_ids"] == [4, 4, 20, 21]
     assert lines[3]["prediction"] == tokenizer.decode(answers[3])
     assert lines[3]["labels"] == references[3] and len(lines[3]["label_ids"]) == 2
+
+
+def test_what_cannot_be_scored_stops_every_rank():
+    asked, stopped = [], []
+
+    def score():
+        asked.append(True)
+        raise InputError("no database")
+
+    def part(rank, _, gather):
+        try:
+            score_once(score, gather, rank)
+        except InputError as error:
+            stopped.append(str(error))
+
+    on_ranks(3, part)
+    assert (asked, stopped) == ([True], ["no database"] * 3)
 
 
 def test_predictions_of_a_step_replace_older_ones(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import make_records
+from torch.utils.data import DataLoader
 
 import ssm_train
 from ssm_train.data.vocabulary import build_tokenizer
@@ -150,6 +151,15 @@ def test_a_prepared_model_trains(family: str, place: Path, tmp_path: Path) -> No
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
 
 
+def test_without_evaluation_its_options_count_for_nothing(place: Path, tmp_path: Path) -> None:
+    model, tokenizer, _ = prepare(place, "gla")
+    options = {"skip_eval": True, "min_eval_metric_after_epoch": {0: 99.0}, "total_steps": 1}
+    result = ssm_train.build_and_run_trainer(
+        model=model, tokenizer=tokenizer, **arguments(place, tmp_path / "run", **options)
+    )
+    assert result.outcome == "finished" and not result.after
+
+
 def test_hp_variables_win_over_the_json(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HP_PEFT_R", "4")
     monkeypatch.setenv("HP_USE_RSLoRA", "1")
@@ -226,8 +236,32 @@ def test_examples_in_mode_gen(place: Path, tokenizer: Any) -> None:
     half = [a if i % 2 else "no" for i, a in enumerate(answers)]
     values = dataset.compute_metrics(SimpleNamespace(preds=half))
     assert values["exact_match"] == 0.5 and values["bleu"] > 0
+    with pytest.raises(InputError, match="5 preds for the 12 examples of .*; give one for each"):
+        dataset.compute_metrics(SimpleNamespace(preds=half[:5]))
     with pytest.raises(InputError, match="mode is 'seq'; expected lm or gen"):
         ssm_train.load_dataset(str(place), tokenizer, "val", mode="seq")
+    with pytest.raises(InputError, match="split is 'dev'; expected train or val or test"):
+        ssm_train.load_dataset(str(place), tokenizer, "dev")
+
+
+def test_examples_are_a_sequence(place: Path, tokenizer: Any) -> None:
+    for mode in ("lm", "gen"):
+        dataset = ssm_train.load_dataset(str(place), tokenizer, "val", mode=mode)
+        for i in (1, 12):
+            assert dataset[-i]["input_ids"].tolist() == dataset[12 - i]["input_ids"].tolist()
+        assert len(list(dataset)) == 12
+        with pytest.raises(IndexError):
+            dataset[12]
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_end_of_text(place: Path, tokenizer: Any) -> None:
+    tokenizer.pad_token = None
+    module = ssm_train.load_dataset(str(place), tokenizer, "train", return_module=True)
+    loader = DataLoader(module.dataset, batch_size=12, collate_fn=module.data_collator)
+    (batch,) = loader
+    padding = batch["input_ids"][~batch["attention_mask"]]
+    assert len(padding) and set(padding.tolist()) == {tokenizer.eos_token_id}
+    assert (batch["label_ids"][~batch["attention_mask"]] == -100).all()
 
 
 def test_classification_from_logits(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -246,14 +280,14 @@ def test_classification_from_logits(tokenizer: Any, tmp_path: Path, monkeypatch:
     digits = build_tokenizer(["0 1 one two x"], {"type": "word"})
     dataset = ssm_train.load_dataset("glue-tvt_rte", digits, "test")
     assert len(dataset) == 20
-    right = [int(dataset.examples.label_ids(i)[0]) for i in range(20)]
-    predictions = [torch.nn.functional.one_hot(torch.tensor([t]), len(digits)) for t in right]
-    assert dataset.compute_metrics(SimpleNamespace(predictions=predictions)) == {
-        "accuracy": 1.0, "out_of_cls": 0.0,
-    }  # fmt: skip
+    labels = [row["label_ids"][row["label_ids"] != -100] for row in dataset]
+    predictions = [torch.nn.functional.one_hot(label, len(digits)) for label in labels]
+    right = SimpleNamespace(predictions=predictions, label_ids=labels)
+    assert dataset.compute_metrics(right) == {"accuracy": 1.0, "out_of_cls": 0.0}
     predictions[3] = torch.nn.functional.one_hot(torch.tensor([0]), len(digits))
-    values = dataset.compute_metrics(SimpleNamespace(predictions=predictions))
-    assert values == {"accuracy": 0.95, "out_of_cls": 0.05}
+    assert dataset.compute_metrics(right) == {"accuracy": 0.95, "out_of_cls": 0.05}
+    some = SimpleNamespace(predictions=predictions[5:1:-1], label_ids=labels[5:1:-1])
+    assert dataset.compute_metrics(some) == {"accuracy": 0.75, "out_of_cls": 0.25}
     assert len(ssm_train.load_dataset("glue-tvt_rte_10", digits, "train")) == 10
     assert len(ssm_train.load_dataset("glue-tvt_rte_10", digits, "val")) == 1
 

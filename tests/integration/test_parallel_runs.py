@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_runs import (
     LORA,
+    LORA_GA,
     PISSA,
     SIDES,
     assert_same_tensors,
@@ -29,8 +30,9 @@ CALM = LORA | {"lora_dropout": 0.0}  # dropout differs between ranks by design
 # or 1 x 2 with accumulation.
 RUNS = {
     "gla": ("gla", {"peft": CALM, "eval_gen": {"max_new_tokens": 8}}),
-    "accumulated": ("mamba", {"peft": CALM, "task": SIDES}),
+    "accumulated": ("mamba", {"peft": CALM, "task": SIDES, "lock": True}),
     "pissa": ("mamba", {"peft": PISSA}),
+    "lora_ga": ("mamba", {"peft": LORA_GA}),
     "packed": ("gla", {"peft": CALM, "packing": True, "tokens_per_batch": 48, "batch_size": None}),
     "base": ("mamba", {"peft": CALM}),
     "resumed": ("mamba", {"peft": CALM}),

@@ -61,6 +61,11 @@ RESUMED = {
     "gla_lora": ("gla", {"peft": LORA, "logging_steps": 4}),
     "mamba_lora": ("mamba", {"peft": LORA}),
     "mamba_pissa": ("mamba", {"peft": PISSA}),
+    "mamba_state": (
+        "mamba",
+        {"peft": {"peft_type": "SSMPEFT", "scan": {"type": "init_state"}, "conv_init_state": True}},
+    ),
+    "gla_bitfit": ("gla", {"peft": {"peft_type": "BITFIT", "target_modules": ["o_proj"]}}),
     "gla_full": ("gla", {"gradient_accumulation_steps": 2}),
     "mamba2_packed": ("mamba2", {"packing": True, "batch_size": None, "tokens_per_batch": 64}),
 }
@@ -112,6 +117,20 @@ def test_resume_refuses_another_run_and_names_what_changed(tmp_path, bases, caps
     assert "group_by_length: true" in kept
     train(write_config(tmp_path, "run", "mamba", **changes | {"save_total_limit": 3}), resume=True)
     assert "resumed with save_total_limit 3 instead of 2" in capsys.readouterr().out
+
+
+def test_resume_begins_where_no_run_is_yet(tmp_path, bases, capsys):
+    """A job that is submitted again has the same command the first time."""
+    changes = from_base(bases, "mamba") | {"max_steps": 2, "skip_eval": True}
+    first = train(write_config(tmp_path, "first", "mamba", **changes), resume=True)
+    assert "--resume: no run is there yet, so this one begins" in capsys.readouterr().out
+    plain = train(write_config(tmp_path, "plain", "mamba", **changes))
+    assert_same_run(first.run_dir, plain.run_dir)
+
+
+def test_a_step_larger_than_the_data(tmp_path, bases):
+    changes = from_base(bases, "mamba") | {"max_steps": 2, "skip_eval": True, "batch_size": 100}
+    assert train(write_config(tmp_path, "large", "mamba", **changes)).steps == 2
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, bases):

@@ -32,6 +32,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "lora_dropout": 0.2}
 PISSA = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": "pissa"}
+LORA_GA = PISSA | {
+    "init_lora_weights": "lora_ga",
+    "loraga_batch_size": 2,
+    "loraga_steps": 3,
+    "loraplus_lr_ratio": 4.0,
+}
 
 COUNTING = {"type": "generation", "prompt": "{question} =>", "label": "{answer}"}
 SIDES = {

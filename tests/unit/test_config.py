@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 
 from ssm_train.config import (
-    DIRECTORIES,
-    ENVIRONMENT,
     PeftOverrides,
     RunConfig,
     describe_overrides,
@@ -18,6 +16,7 @@ from ssm_train.config import (
 )
 from ssm_train.errors import InputError
 from ssm_train.explain import expected
+from ssm_train.overrides import DIRECTORIES, ENVIRONMENT, NO_LONGER_READ, unread_variables
 
 BASE = "data: quickstart\nnew_model: {model_type: gla}\n"
 
@@ -37,6 +36,7 @@ def load(directory: Path, text: str = "", **layers: Any) -> tuple[RunConfig, dic
 def test_old_keys_keep_their_defaults(tmp_path: Path) -> None:
     cfg, _ = load(tmp_path)
     kept = {
+        "tokenizer": None,  # the checkpoint's own, else EleutherAI/gpt-neox-20b
         "val_data": None,
         "val_data_split": "val",
         "num_epochs": 10,
@@ -158,6 +158,29 @@ def test_every_variable_reaches_its_key(tmp_path: Path, variable: str) -> None:
     assert provenance[key] == variable
 
 
+@pytest.mark.parametrize("short", ["rte", "cola", "mrpc", "sst2", "qnli", "qqp", "mnli", "wnli"])
+def test_short_names_of_glue(tmp_path: Path, short: str) -> None:
+    for text, data in ((short, f"glue-tvt_{short}"), (f"glue-tvt_{short}_300",) * 2):
+        assert load(tmp_path, environment={"HP_DATA": text})[0].data == data
+
+
+def test_other_short_names(tmp_path: Path) -> None:
+    for text, data in {"spider": "spider-tvt", "cifar": "cifar-tvt", "dart": "dart"}.items():
+        assert load(tmp_path, environment={"HP_DATA": text})[0].data == data
+    assert load(tmp_path, command_line={"data": "rte"})[0].data == "rte"
+
+
+def test_variables_that_nothing_reads_are_named() -> None:
+    environment = {"EVAL_GEN_MAX_LENGTH": "128", "HP_OTHER": "1", "HP_NO_SAVE": " ", "HOME": "/"}
+    environment |= dict.fromkeys([*ENVIRONMENT, *DIRECTORIES], "1")
+    assert list(unread_variables(environment)) == [
+        "EVAL_GEN_MAX_LENGTH is set, but not read; set eval_gen.max_length instead",
+        "HP_OTHER is set, but not read",
+    ]
+    keys = {key.partition(".")[0] for key in NO_LONGER_READ.values()}
+    assert keys <= set(RunConfig.model_fields)
+
+
 def test_every_peft_override_has_a_variable() -> None:
     reached = {key.removeprefix("peft_overrides.") for key in ENVIRONMENT.values()}
     assert set(PeftOverrides.model_fields) <= reached
@@ -190,6 +213,63 @@ def test_words_stay_words(tmp_path: Path) -> None:
 def test_command_line_text_stays_text_where_text_is_meant(tmp_path: Path) -> None:
     cfg, _ = load(tmp_path, command_line={"val_data": "007", "name": "1e4", "revision": "null"})
     assert (cfg.val_data, cfg.name, cfg.revision) == ("007", "1e4", None)
+
+
+def test_nested_keys_on_the_command_line(tmp_path: Path) -> None:
+    text = "eval_gen: {max_length: 6}\ntask: {type: classification, labels: {0: no, 1: yes}}\n"
+    cfg, provenance = load(
+        tmp_path,
+        f"{text}min_eval_metric_after_epoch: {{1: 0.5}}\n",
+        command_line={
+            "eval_gen.num_beams": "4",
+            "task.labels.0": "wrong",
+            "min_eval_metric_after_epoch.1": "0.25",
+            "min_eval_metric_after_epoch.3": "0.75",
+            "peft.peft_type": "LORA",
+            "peft.r": "2",
+        },
+    )
+    assert cfg.eval_gen == {"max_length": 6, "num_beams": 4}
+    assert cfg.task == {"type": "classification", "labels": {0: "wrong", 1: "yes"}}
+    assert cfg.min_eval_metric_after_epoch == {1: 0.25, 3: 0.75}
+    assert cfg.peft == {"peft_type": "LORA", "r": 2}
+    lines = describe_overrides(cfg, provenance)
+    assert "min_eval_metric_after_epoch.1 = 0.25  (command line)" in lines
+    assert "task.labels.0 = wrong  (command line)" in lines
+
+
+@pytest.mark.parametrize(
+    ("command_line", "message"),
+    [
+        ({"seed.x": "4"}, "command line: seed is {'x': 4}; expected a whole number"),
+        ({"eval_gem.num_beams": "4"}, "command line: unknown key 'eval_gem'; did you mean"),
+        ({"eval_gen.num_beams": "x"}, "run.yaml:3, command line: eval_gen: num_beams: 'x'"),
+        ({"peft.r": "4"}, "command line: peft.r cannot be set, as peft is 'a.json'; give peft as"),
+        ({"tokenizer": "x", "tokenizer.type": "word"}, "tokenizer.type cannot be set, as token"),
+    ],
+)
+def test_a_nested_key_that_is_wrong_has_its_own_place(
+    tmp_path: Path, command_line: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, "eval_gen: {max_length: 6}\npeft: a.json\n", command_line=command_line)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("one, other", [("resume", "overwrite"), ("overwrite", "resume")])
+def test_a_flag_wins_over_the_files_opposite(tmp_path: Path, one: str, other: str) -> None:
+    cfg, provenance = load(tmp_path, f"{other}: true\n", command_line={one: "true"})
+    assert (getattr(cfg, one), getattr(cfg, other)) == (True, False)
+    assert provenance[other] == "command line"
+    cfg, _ = load(tmp_path, f"{other}: true\n", command_line={one: "false"})
+    assert getattr(cfg, other)
+    with pytest.raises(InputError, match="resume and overwrite are both set"):
+        load(tmp_path, command_line={one: "true", other: "true"})
+
+
+def test_the_old_default_may_be_written_out(tmp_path: Path) -> None:
+    cfg, _ = load(tmp_path, "min_eval_metric_after_epoch: null\nlogits_to_keep: null\n")
+    assert (cfg.min_eval_metric_after_epoch, cfg.logits_to_keep) == ({}, None)
 
 
 def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Batches: every field against a slow, obvious construction; padding is a matter of position."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
 from ssm_train.data.batches import batches_by_length, collate, count_up, pack
+from ssm_train.data.order import PackedOrder
 from ssm_train.data.tasks import build_task
 from ssm_train.data.tokens import Chunk, TokenizedDataset
 
@@ -92,6 +95,41 @@ def test_a_target_is_the_next_token_of_the_same_document():
         at = batch.target_positions
         assert (flat[at + 1] == batch.targets).all()
         assert (documents[at + 1] == documents[at]).all() and (documents[at] >= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_rows_over_chunks_hold_each_document_once(seed):
+    """Documents of one token up to a whole row, in chunks of which some are empty."""
+    draw = np.random.default_rng(seed)
+    lengths = [64, 1, 64, 63, *draw.integers(1, 65, size=60).tolist(), 2, 64]
+    documents = [draw.integers(1, 99, size=n) for n in lengths]
+    learnt = [np.arange(n) >= draw.integers(1, n + 1) for n in lengths]
+    edges = [0, 0, *sorted(draw.integers(0, len(lengths), size=4).tolist()), len(lengths)]
+    chunks = [
+        Chunk(
+            ids=np.concatenate([[], *documents[start:end]]).astype(np.int32),
+            learnt=np.concatenate([[], *learnt[start:end]]).astype(np.bool_),
+            lengths=np.array(lengths[start:end], dtype=np.int64),
+            prompt_lengths=np.ones(end - start, dtype=np.int64),
+        )
+        for start, end in [*pairwise(edges), (len(lengths), len(lengths))]
+    ]
+    data = TokenizedDataset(TASK, "x", chunks, pad_id=PAD, eos_id=EOS)
+    order = PackedOrder(data.lengths, 64, seed=seed)
+    seen = []
+    for step in range(order.steps_in_epoch(0)):
+        (row,) = order.micro_batches(step)
+        batch = pack(data, row, 64)
+        bounds = batch.cu_seqlens.tolist()
+        targets = np.zeros(64, dtype=bool)
+        targets[batch.target_positions.numpy() + 1] = True
+        for i, (start, end) in zip(row, pairwise(bounds), strict=False):
+            assert batch.input_ids[0, start:end].tolist() == documents[i].tolist()
+            assert targets[start:end].tolist() == learnt[i].tolist()
+        assert batch.targets.tolist() == batch.input_ids[0][targets].tolist()
+        assert bounds[-1] == 64 and not targets[bounds[len(row)] :].any()
+        seen += row.tolist()
+    assert sorted(seen) == list(range(len(lengths)))
 
 
 def test_evaluation_batches_hold_everything_longest_first():

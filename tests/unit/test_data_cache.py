@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,13 @@ import numpy as np
 import pytest
 
 from ssm_train.data import DataSettings, sources
-from ssm_train.data.cache import EXAMPLES, MANIFEST, default_cache_dir, describe_files
+from ssm_train.data.cache import (
+    EXAMPLES,
+    MANIFEST,
+    default_cache_dir,
+    describe_code,
+    describe_files,
+)
 from ssm_train.data.sources import load_task_data
 from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.errors import InputError
@@ -112,6 +120,72 @@ def test_another_file_content_or_tokenizer_is_other_data(settings, tokenizer, en
     assert len(encoded) == 3
 
 
+def test_how_the_tokenizer_was_last_called_is_not_part_of_it(settings, tokenizer, encoded):
+    first = examples(load_task_data(settings, tokenizer, "train"))
+    tokenizer(["w1 w2", "w3"], padding=True, truncation=True, max_length=1)
+    assert tokenizer.backend_tokenizer.padding and tokenizer.backend_tokenizer.truncation
+    assert examples(load_task_data(settings, tokenizer, "train")) == first
+    assert len(encoded) == 1
+    tokenizer.add_tokens(["w1 w2"])
+    load_task_data(settings, tokenizer, "train")
+    tokenizer.add_special_tokens({"eos_token": "w3"})
+    load_task_data(settings, tokenizer, "train")
+    assert len(encoded) == 3
+
+
+def write_piqa(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    row = {"goal": "w1", "sol1": "w2", "sol2": "w3"}
+    for split in ("train", "valid"):
+        (folder / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 2)
+        (folder / f"{split}-labels.lst").write_text("0\n1\n")
+
+
+def write_mrpc(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    rows = [f"{i % 2}\t{i}\t{i}\tw{i}\tw1" for i in range(9)]
+    header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    (folder / "msr_paraphrase_train.txt").write_text("\n".join([header, *rows]) + "\n")
+    (folder / "mrpc_dev_ids.tsv").write_text("1\t1\n2\t2\n")
+
+
+BESIDE: dict[str, tuple[str, Callable[[Path], None], str, str, str, str]] = {
+    "labels of PIQA": ("piqa", write_piqa, "train", "train-labels.lst", "0\n1", "1\n1"),
+    "list of MRPC": ("glue-tvt_mrpc", write_mrpc, "train", "mrpc_dev_ids.tsv", "2\t2", "4\t4"),
+    "pairs of MRPC": ("glue-tvt_mrpc", write_mrpc, "test", "msr_paraphrase_train.txt", "w2", "w7"),
+}
+"""Data set, what writes it, split, a file beside those of the split, and a change to it."""
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_published_data_depends_on_all_its_files_and_not_on_where_they_are(tmp_path, encoded, case):
+    name, write, split, beside, old, new = BESIDE[case]
+    words = build_tokenizer([f"{WORDS} A B 0 1"], {"type": "word"})
+    write(tmp_path / "a" / ("glue/MRPC" if "mrpc" in name else name))
+    values = {"data": name, "cache_dir": str(tmp_path / "cache")}
+    before = load_task_data(DataSettings(**values, data_root=str(tmp_path / "a")), words, split)
+    (tmp_path / "a").rename(tmp_path / "b")
+    settings = DataSettings(**values, data_root=str(tmp_path / "b"))
+    assert examples(load_task_data(settings, words, split)) == examples(before)
+    assert len(encoded) == 1
+    (file,) = (tmp_path / "b").rglob(beside)
+    file.write_text(file.read_text().replace(old, new))
+    assert examples(load_task_data(settings, words, split)) != examples(before)
+    assert len(encoded) == 2
+
+
+def test_other_code_or_another_version_of_a_library_is_other_data(
+    settings, tokenizer, encoded, monkeypatch
+):
+    load_task_data(settings, tokenizer, "train")
+    ours, *libraries = describe_code()
+    assert [line.split()[0] for line in libraries] == ["tokenizers", "transformers"]
+    for other in (["0" * 64, *libraries], [ours, "tokenizers 9", libraries[1]]):
+        monkeypatch.setattr(sources, "describe_code", lambda other=other: other)
+        load_task_data(settings, tokenizer, "train")
+    assert len(encoded) == 3
+
+
 def test_the_same_data_elsewhere_is_the_same(settings, tokenizer, encoded, tmp_path):
     load_task_data(settings, tokenizer, "train")
     os.utime(Path(settings.data, "train.jsonl"), (0, 0))
@@ -169,10 +243,31 @@ def test_a_build_that_fails_leaves_nothing_behind(settings, tokenizer):
         file.write('{"a": "w1"}\n')
     with pytest.raises(InputError, match="train.jsonl:21: no field 'b'"):
         load_task_data(settings, tokenizer, "train")
-    names = [p.name for p in Path(settings.cache_dir or "", "tokens").iterdir()]
-    assert not [name for name in names if not name.endswith(".tmp")]
+    assert not list(Path(settings.cache_dir or "", "tokens").iterdir())
     with pytest.raises(InputError, match="train.jsonl:21"):
         load_task_data(settings, tokenizer, "train")
+
+
+def test_a_builder_that_is_killed_is_no_hindrance(settings, tokenizer, encoded, monkeypatch):
+    context = multiprocessing.get_context("fork")  # loads nothing again
+    begun = context.Event()
+
+    def stand_still(*_: Any) -> Any:
+        begun.set()
+        time.sleep(600)
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "encode_records", stand_still)
+        builder = context.Process(target=load_task_data, args=(settings, tokenizer, "train"))
+        builder.start()
+        assert begun.wait(60)
+    builder.kill()
+    builder.join()
+    left = {p.suffix for p in Path(settings.cache_dir or "", "tokens").iterdir()}
+    assert left == {".lock", ".tmp"}
+    assert len(load_task_data(settings, tokenizer, "train")) == 20 and len(encoded) == 1
+    assert list(Path(settings.cache_dir or "", "tokens").iterdir()) == directories(settings)
 
 
 def test_two_builders_at_a_time_make_it_once(settings, tokenizer, encoded, monkeypatch):
@@ -219,9 +314,27 @@ print(len(load_task_data(settings, tokenizer, "train", say=say)), flush=True)
 
 def test_a_directory_that_cannot_be_written(settings, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
-    blocked = settings.model_copy(update={"cache_dir": str(tmp_path / "file")})
-    with pytest.raises(InputError, match="cache_dir: .* cannot be written: .*; set cache_dir"):
-        load_task_data(blocked, tokenizer, "train")
+    for name in ("file", "x" * 300):  # the latter cannot even be looked for, as a closed one
+        blocked = settings.model_copy(update={"cache_dir": str(tmp_path / name)})
+        with pytest.raises(InputError, match="cache_dir: .* cannot be written: .*; set cache_dir"):
+            load_task_data(blocked, tokenizer, "train")
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path} cannot be read: Is a directory"):
+        describe_files((tmp_path,))
+
+
+def test_examples_that_are_gone_for_another_process(settings, tokenizer):
+    """On a machine that does not share the directory, or in the middle of a copy."""
+
+    def make_elsewhere(work: Callable[[], None]) -> None:
+        work()
+        (directory,) = directories(settings)
+        (directory / EXAMPLES).write_bytes(b"ARROW1")
+
+    with pytest.raises(InputError, match="cannot be read by this process .* all machines share"):
+        load_task_data(settings, tokenizer, "train", once=make_elsewhere)
 
 
 def test_generated_data_is_not_kept(settings, tokenizer):

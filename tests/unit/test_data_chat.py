@@ -92,6 +92,30 @@ def test_a_tokenizer_without_a_template_can_be_given_ours(tokenizer):
     assert tokenizer.decode(data.prompt_ids(0)).endswith("what model\n<|assistant|>\n")
 
 
+def test_an_answer_ends_for_the_metrics_where_the_template_ends_the_turn(tokenizer):
+    """The template's end of a turn need not be the end-of-text token, as in a base model's
+    tokenizer; decoding stops at the latter."""
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    task = bind_template(ChatTask(metrics=["exact_match", "rougeL"]), tokenizer)
+    data = tokenize(task, [{"messages": CHAT}], tokenizer, training=False)
+    answer = tokenizer.decode(data.label_ids(0)[:-1])
+    assert answer == "a small one<|im_end|>\n" and data.references(0) == ("a small one",)
+    for said, right in ((answer, 1), (f"{answer}<|im_start|>user", 1), ("a small", 0)):
+        values = task.score([said], [data.references(0)], [data.context(0)])
+        assert values["exact_match"] == right and (values["rougeL"] == 1) == right
+    silent = [*CHAT[:4], {"role": "assistant", "content": ""}]
+    assert tokenize(task, [{"messages": silent}], tokenizer, training=False).context(0) == ""
+
+
+def test_special_tokens_without_a_name_are_reserved_too(tokenizer):
+    tokenizer.add_tokens([AddedToken("<|call|>", special=True)], special_tokens=True)
+    assert "<|call|>" not in tokenizer.special_tokens_map.values()
+    task = bind_template(ChatTask(), tokenizer)
+    row = {"messages": [{"role": "user", "content": "hello <|call|>"}, CHAT[2]]}
+    with pytest.raises(InputError, match=r"a message of user holds '<\|call\|>'"):
+        tokenize(task, [row], tokenizer)
+
+
 def test_end_of_text_is_added_where_the_template_has_none(tokenizer):
     template = CHATML.replace("<|im_end|>", "")
     task = bind_template(ChatTask(template=template), tokenizer)

@@ -213,7 +213,7 @@ def test_mmlu_in_each_layout(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (["Why?", *"abc", "A"], "virology_val.csv:3: 5 values; expected a question, four choices"),
+        (["Why?", *"abc", "A"], "virology_val.csv:3: 5 values; expected 6, from 'question' to"),
         (["Why?", *"abcd", "E"], "virology_val.csv:3: answer 'E'; known: A, B, C, D, or a place"),
         (["Why?", *"abcd", ""], "virology_val.csv:3: answer ''"),
     ],

@@ -92,7 +92,7 @@ def test_label_words_find_the_spelling_that_is_one_token(pieces, written):
 
 
 def test_label_words_after_a_piece_of_white_space():
-    """Llama's and Mistral's tokenizers, GLA's among them, split digits and write "0" as "▁", "0"."""
+    """Llama's and Mistral's tokenizers, GLA's among them, write "0" as "▁", "0"."""
     pieces = {"<unk>": 0, "<eos>": 1, "▁": 2, "0": 3, "1": 4, "▁yes": 5, "▁no": 6, "▁yesno": 7}
     backend = Tokenizer(
         models.Unigram([(piece, -float(i)) for piece, i in pieces.items()], unk_id=0)
@@ -183,6 +183,48 @@ def test_without_a_pad_token_padding_is_end_of_text(words):
     tokenizer.pad_token = None
     data = tokenize_records(records(rows(1)), COPY, tokenizer, training=True)
     assert data.pad_id == data.eos_id == tokenizer.eos_token_id
+
+
+def test_what_prompts_share_is_tokenized_once(words):
+    task = build_task({"type": "generation", "prompt": ["say", " {a}", " :"], "label": "{b}"})
+    texts: list[str] = []
+
+    class Counting:
+        """Stands before the tokenizer and notes what it is given."""
+
+        def __getattr__(self, name):
+            return getattr(words, name)
+
+        def __call__(self, given, **options):
+            texts.extend(given)
+            return words(given, **options)
+
+    data = tokenize_records(records(rows(30)), task, Counting(), training=True)
+    assert len(data) == 30 and texts.count("say") == texts.count(" :") == 1
+    assert len(texts) == len(set(texts)) == 2 + 5 + 30
+    assert words.decode(data.example_ids(3)).split() == ["say", *"xxxx", ":", "y", "3", "<eos>"]
+
+
+def test_chunks_end_where_there_is_much_text(words, monkeypatch):
+    """However long documents are, no more than some of them are in memory."""
+    whole = tokenize_records(records(rows(30)), COPY, words, training=True)
+    monkeypatch.setattr(examples, "CHUNK_CHARACTERS", 40)
+    data = tokenize_records(records(rows(30)), COPY, words, training=True)
+    assert len(whole.chunks) == 1 and len(data.chunks) > 5
+    assert data.lengths.tolist() == whole.lengths.tolist()
+    assert [data.example_ids(i).tolist() for i in range(30)] == [
+        whole.example_ids(i).tolist() for i in range(30)
+    ]
+
+
+def test_a_chunk_of_which_all_is_dropped(words, monkeypatch):
+    monkeypatch.setattr(examples, "CHUNK_RECORDS", 5)
+    long, short = {"a": "x " * 9, "b": "y"}, {"a": "x", "b": "y"}
+    many = [*[short] * 5, *[long] * 5, *[short] * 2, *[long] * 5]
+    data = tokenize_records(records(many), COPY, words, training=True, max_length=5)
+    assert [len(chunk) for chunk in data.chunks] == [5, 0, 2, 0] and data.dropped == 10
+    expected = data.example_ids(0).tolist()
+    assert [data.example_ids(i).tolist() for i in range(7)] == [expected] * 7
 
 
 def test_processes_give_what_one_process_gives(words, monkeypatch):

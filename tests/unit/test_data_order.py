@@ -131,8 +131,18 @@ def test_grouping_by_length_saves_padding_and_shuffles_the_lengths():
 
 
 def test_data_smaller_than_a_step():
-    with pytest.raises(InputError, match=r"7 training examples are fewer than the 8 .*2 processes"):
-        PaddedOrder(some_lengths(7), 2, 2, 2)
+    """One step an epoch of all there is, in micro-batches that differ by one at most."""
+    for grouped in (True, False):
+        order = PaddedOrder(some_lengths(7), 2, 2, 2, 0, grouped)
+        assert order.steps_per_epoch == 1
+        for step in range(3):
+            micro = order.micro_batches(step)
+            assert sorted(np.concatenate(micro).tolist()) == list(range(7))
+            assert [len(m) for m in micro] == [2, 2, 2, 1]
+            mine = [*order.rank_micro_batches(step, 0), *order.rank_micro_batches(step, 1)]
+            assert sum(map(len, mine)) == 7
+    with pytest.raises(InputError, match=r"3 training examples are fewer than the micro-batches"):
+        PaddedOrder(some_lengths(3), 2, 2, 2)
     with pytest.raises(InputError, match=r"has 30 tokens; .* more than 48 "):
         PackedOrder(np.array([10, 10, 10]), 16, 2, 2)
 

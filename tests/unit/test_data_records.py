@@ -52,11 +52,17 @@ def test_records_are_read_lazily(tmp_path):
         ("x.jsonl", '{"a": 1}\nnull\n', "x.jsonl:2: a record is null"),
         ("x.jsonl", '{"a": ' + "9" * 5000 + "}\n", "x.jsonl:1: unusable JSON"),
         ("x.jsonl", "[" * 100_000, "x.jsonl:1: unusable JSON"),
+        ("x.jsonl", '{"a": "\\ud83d"}', "x.jsonl:1: unusable JSON: 'utf-8' codec can't encode"),
         ("x.jsonl", b'{"a": "\xff"}\n', "x.jsonl is not UTF-8"),
         ("x.json", '[{"a": 1},\n {"a" 2}]', "x.json:2: malformed JSON"),
         ("x.json", '{"a": 1}', "holds an object; expected a list"),
+        (
+            "x.json",
+            '{"a": 1}\n{"a": 2}',
+            "x.json:2: malformed JSON at column 1: Extra data (one rec",
+        ),
         ("x.json", '[{"a": 1}, 3]', "x.json, record 2: a record is a number"),
-        ("x.csv", "a,b\n1,2\n1\n", "x.csv:3: 1 values; the header has 2"),
+        ("x.csv", "a,b\n1,2\n1\n", "x.csv:3: 1 values; expected 2, from 'a' to 'b'"),
         ("x.csv", "a,a\n1,2\n", "x.csv:1: a column name occurs twice"),
         ("x.csv", 'a,b\n1,"2', "x.csv:2: malformed CSV"),
         ("x.parquet", "no parquet", "x.parquet is not a readable Parquet file"),
@@ -69,6 +75,18 @@ def test_defects_are_named_with_their_place(tmp_path, name, content, message):
         list(read_records(path).rows)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_emoji_in_two_halves_is_a_character(tmp_path):
+    path = write(tmp_path / "x.jsonl", json.dumps({"a": "\U0001f600"}))
+    assert b"\\ud83d" in path.read_bytes()
+    assert list(read_records(path).rows) == [(1, {"a": "\U0001f600"})]
+
+
+def test_a_long_document_in_a_table(tmp_path):
+    path = write(tmp_path / "x.csv", "text\n" + "a b " * 50_000 + "\n")
+    ((_, record),) = read_records(path).rows
+    assert record == {"text": "a b " * 50_000}
 
 
 def test_what_is_not_a_file(tmp_path):

@@ -2,10 +2,14 @@
 
 import json
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from ssm_train.data import DataSettings
+from ssm_train.data.cache import default_cache_dir
 from ssm_train.data.sources import (
+    SPLITS,
     check_data,
     find_source,
     find_task,
@@ -13,6 +17,7 @@ from ssm_train.data.sources import (
     load_task_data,
     training_texts,
 )
+from ssm_train.data.tasks import PUBLISHED
 from ssm_train.data.tasks.quickstart import TRAIN_SIZE, UNSEEN_SHIPS
 from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.errors import InputError
@@ -91,6 +96,14 @@ def test_quickstart_by_name_shares_its_vocabulary_with_the_base():
     ("changes", "split", "message"),
     [
         ({"data": "quickstrat"}, "train", "data: quickstrat is neither a file nor a data set name"),
+        (
+            {"data": "rte"},
+            "train",
+            "data: rte is neither a file nor a data set name; did you mean 'gl",
+        ),
+        ({"data": "glue_rte"}, "train", "did you mean 'glue-tvt_rte'"),
+        ({"data": "Spider"}, "train", "did you mean 'spider-tvt'?"),
+        ({"data": "no/where"}, "train", "data: no/where: the hub's no/where cannot be read"),
         ({"data": "no/where.jsonl"}, "train", "data: no/where.jsonl is neither a file"),
         ({"val_data": "no/val.jsonl"}, "val", "val_data: no/val.jsonl is neither a file"),
         ({"data": "{folder}/train.jsonl"}, "val", "has no 'val' split; set val_data"),
@@ -107,6 +120,73 @@ def test_mistakes_are_found_without_a_tokenizer(folder, changes, split, message)
     with pytest.raises(InputError) as caught:
         check_data(DataSettings(**values), (split,))
     assert message in str(caught.value)
+
+
+def test_a_file_in_the_home_directory_is_no_validation_data_either(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    settings = DataSettings(data="~/train.jsonl", task=TASK)
+    assert count(settings, "train") == 5
+    with pytest.raises(InputError, match=r"data is the one file ~/train.jsonl, which has no 'val'"):
+        check_data(settings)
+
+
+def test_without_a_home_directory(monkeypatch):
+    def nowhere(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", nowhere)
+    with pytest.raises(InputError, match="data: ~/x needs a home directory, and there is none"):
+        find_source(DataSettings(data="~/x"), "train")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(InputError, match="cache_dir: ~/.cache needs a home directory"):
+        default_cache_dir()
+
+
+def test_hidden_files_and_folders_are_no_data(folder):
+    for name in ("train", "val"):
+        (folder / f"{name}-hidden").mkdir()
+    split = folder / "pieces" / "train"
+    split.mkdir(parents=True)
+    (folder / "train.jsonl").rename(split / "1.jsonl")
+    (split / "._1.jsonl").write_bytes(b"\x00\x05\x16\x07")  # what a Mac leaves beside a file
+    (split / "2.jsonl").mkdir()
+    settings = DataSettings(data=str(folder / "pieces"), task=TASK)
+    assert count(settings, "train") == 5
+
+
+def test_each_split_is_asked_as_its_own_data_set_asks(folder):
+    """RTE's 0 is WNLI's 1: read as the other, its labels would be turned round."""
+    values = {"data": "glue-tvt_rte", "val_data": "glue-tvt_wnli", "test_data": "glue-tvt_cola"}
+    settings = DataSettings(**values, data_root=str(folder))
+    rows = [{"sentence1": "a", "sentence2": "b", "sentence": "c", "label": 1, "idx": 0}] * 10
+    for name in ("rte", "wnli", "cola"):
+        (folder / "glue" / name).mkdir(parents=True)
+        for split in ("train", "validation"):
+            path = folder / "glue" / name / f"{split}-00000-of-00001.parquet"
+            parquet.write_table(pa.Table.from_pylist(rows), path)
+    names = zip(SPLITS, values.values(), strict=True)
+    tasks = {split: PUBLISHED[name].task for split, name in names}
+    assert [find_task(settings, split) for split in SPLITS] == list(tasks.values())
+    assert check_data(settings, tuple(SPLITS)) == tasks["val"]
+    tokenizer = build_tokenizer(["a b c 0 1"], {"type": "word"})
+    for split, task in tasks.items():
+        assert load_task_data(settings, tokenizer, split).task == task
+    one = settings.model_copy(update={"task": tasks["train"].model_dump()})
+    assert find_task(one, "val") == find_task(one, "train") == tasks["train"]
+    files = settings.model_copy(update={"val_data": str(folder), "test_data": None})
+    assert find_task(files, "val") == tasks["train"]
+
+
+def test_a_look_at_the_first_record_does_not_read_them_all(folder, monkeypatch):
+    (folder / "glue" / "rte").mkdir(parents=True)
+    header = "index\tsentence1\tsentence2\tlabel"
+    for name in ("train.tsv", "dev.tsv"):
+        lines = [header, "0\ta\tb\tentailment", "broken"]
+        (folder / "glue" / "rte" / name).write_text("\n".join(lines))
+    settings = DataSettings(data="glue-tvt_rte", data_root=str(folder))
+    assert check_data(settings, ("train", "val", "test")).type == "classification"
+    with pytest.raises(InputError, match=r"train.tsv:3: 1 values; expected 4"):
+        list(find_source(settings, "train").open().rows)
 
 
 def test_a_split_is_there_when_named_or_brought_along(folder):
@@ -141,6 +221,8 @@ def test_random_data_has_the_length_of_its_name():
     assert data.learnt(3).tolist() == [False] * 11 + [True]
     special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     assert not special & set(data.chunks[0].ids.tolist())
+    few = load_task_data(settings, tokenizer, "train", limit=8)
+    assert len(few) == 8 and few.example_ids(7).tolist() == data.example_ids(7).tolist()
     with pytest.raises(InputError, match="random_12 has ids but no texts; set `tokenizer:`"):
         next(training_texts(settings))
     with pytest.raises(InputError, match="random_1: an example has at least 2 tokens"):
@@ -173,10 +255,16 @@ def test_the_hub_out_of_reach_is_one_line():
 
 
 def test_bad_records_of_several_files_are_named_by_their_own(tmp_path):
-    for number, rows in enumerate([[{"a": "x", "b": "y"}] * 2, [{"a": "x", "b": "y"}, {"a": "x"}]]):
+    good, bad = {"a": "x", "b": "y"}, {"a": "x"}
+    for number, rows in enumerate([[good] * 2, [], [good, bad], [good]]):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"train-{number}.jsonl").write_text(lines)
     settings = DataSettings(data=str(tmp_path), task=TASK)
+    records = find_source(settings, "train").open()
+    numbers = [number for number, _ in records.rows]  # all are read before some are drawn
+    places = [records.where(number).rpartition("/")[2] for number in numbers]
+    names = ("train-0", "train-0", "train-2", "train-2", "train-3")
+    assert places == [f"{name}.jsonl:{n}" for name, n in zip(names, (1, 2, 1, 2, 1), strict=True)]
     tokenizer = build_tokenizer(["x y =>"], {"type": "word"})
-    with pytest.raises(InputError, match=r"train-1.jsonl:2: no field 'b'"):
+    with pytest.raises(InputError, match=r"train-2.jsonl:2: no field 'b'"):
         load_task_data(settings, tokenizer, "train")

@@ -1,6 +1,7 @@
 """Records to texts: templates, lists, labels, references, and what is refused."""
 
 import re
+from datetime import date
 
 import pytest
 
@@ -55,6 +56,13 @@ def test_each_reference_can_be_learnt():
     assert [e.label for e in task.render(record, training=True)] == [" one", " two"]
     (example,) = task.render(record, training=False)
     assert (example.label, example.references) == (" one", ("one", "two"))
+
+
+@pytest.mark.parametrize("name", ["record", "template", "self"])
+def test_references_may_be_in_a_field_of_any_name(name):
+    task = build_task({"type": "generation", "prompt": "{a}", "label": f"{{a}} {{{name}}}"})
+    (example,) = task.render({"a": "x", name: ["y", "z"]}, training=False)
+    assert example.references == ("x y", "x z") and example.label == "x y"
 
 
 def test_braces_and_numbers_in_templates():
@@ -130,6 +138,8 @@ def test_bad_specs(spec, message):
         (SENTIMENT, {"sentence": "x", "label": 2}, "label 2 in field 'label'; known: 0, 1"),
         (SENTIMENT, {"sentence": "x", "label": [0]}, "label [0]"),
         (SENTIMENT, {"sentence": None, "label": 0}, "field 'sentence' is or holds null"),
+        (SENTIMENT, {"sentence": float("nan"), "label": 0}, "holds a number 'nan'; expected text,"),
+        (SENTIMENT, {"sentence": date(2020, 1, 2), "label": 0}, "holds a date '2020-01-02'"),
         (SENTIMENT, {"sentence": {"a": 1}, "label": 0}, "field 'sentence' is or holds an object"),
         (TRIPLES, {"tripleset": [], "annotations": "x"}, "field 'tripleset' is or holds a list"),
         (TRIPLES, {"tripleset": [[["a"]]], "annotations": "x"}, "holds a list"),

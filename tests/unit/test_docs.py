@@ -20,13 +20,14 @@ from pydantic.fields import FieldInfo
 from ssm_train.adapters.base import ModelSettings
 from ssm_train.checkpoint import CheckpointSettings
 from ssm_train.cli import build_parser, overrides_of
-from ssm_train.config import DIRECTORIES, ENVIRONMENT, RunConfig, load_config
+from ssm_train.config import RunConfig, load_config
 from ssm_train.data import DataSettings
 from ssm_train.errors import InputError
 from ssm_train.evaluate import EvalSettings
 from ssm_train.loop import LoopSettings
 from ssm_train.metrics import MetricsSettings
 from ssm_train.optim import OptimSettings
+from ssm_train.overrides import DIRECTORIES, ENVIRONMENT
 from ssm_train.peft.lora import LoraSettings
 from ssm_train.peft.spec import load_peft
 

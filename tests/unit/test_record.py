@@ -6,7 +6,15 @@ import os
 import pytest
 
 from ssm_train.errors import InputError
-from ssm_train.record import check_run_directory, create_run_directory
+from ssm_train.overrides import ENVIRONMENT
+from ssm_train.record import (
+    RECORDED_VARIABLES,
+    check_peft,
+    check_run_directory,
+    create_run_directory,
+    record_peft,
+    recorded_peft,
+)
 
 
 def check(path, overwrite=False, resume=False):
@@ -17,7 +25,7 @@ def test_a_new_directory_is_free_and_a_used_one_is_not(tmp_path):
     run = tmp_path / "out" / "run"
     check(run)
     assert not run.parent.exists(), "checking writes nothing"
-    create_run_directory(run, "model: x\n", overwrite=False)
+    create_run_directory(run, "name: run\n", overwrite=False)
     with pytest.raises(InputError, match="already holds a run.*--resume.*--overwrite"):
         check(run)
     check(run, overwrite=True)
@@ -26,9 +34,30 @@ def test_a_new_directory_is_free_and_a_used_one_is_not(tmp_path):
         check(run, overwrite=True, resume=True)
 
 
-def test_resume_needs_a_run(tmp_path):
-    with pytest.raises(InputError, match="holds no run"):
-        check(tmp_path / "nothing", resume=True)
+def test_resume_without_a_run_may_begin_one(tmp_path):
+    check(tmp_path / "nothing", resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").touch()
+    with pytest.raises(InputError, match="holds files but no run"):
+        check(tmp_path / "other", resume=True)
+
+
+def test_of_two_that_start_together_one_goes_on(tmp_path):
+    run = tmp_path / "run"
+    check(run)
+    check(run)
+    create_run_directory(run, "name: first\n", overwrite=False, new=True)
+    with pytest.raises(InputError, match="another process has started this run meanwhile"):
+        create_run_directory(run, "name: second\n", overwrite=False, new=True)
+    assert (run / "cfg.yaml").read_text() == "name: first\n"
+
+
+def test_a_run_of_the_old_code_is_not_resumed(tmp_path):
+    old = "cfg_path: cfg/a.yaml\nis_sdlora: false\noutput_dir: weights/a\nseed: 42\n"
+    (tmp_path / "cfg.yaml").write_text(old)
+    with pytest.raises(InputError, match="run of another program.*--overwrite to start again"):
+        check(tmp_path, resume=True)
+    check(tmp_path, overwrite=True)
 
 
 def test_files_that_are_not_ours_are_never_removed(tmp_path):
@@ -69,3 +98,19 @@ def test_the_environment_is_recorded_without_secrets(tmp_path, monkeypatch):
     record = json.loads(text)
     assert record["environment"]["HP_LR"] == "1e-3"
     assert record["packages"]["torch"] and record["cpus"] == os.cpu_count()
+
+
+def test_every_variable_of_a_run_is_recorded():
+    assert {name for name in ENVIRONMENT if not name.startswith("HP_")} <= set(RECORDED_VARIABLES)
+
+
+def test_a_peft_config_that_changed_is_named(tmp_path):
+    check_peft(tmp_path, {"r": 8})  # of a run that wrote none down
+    began = {"peft_type": "LORA", "r": 4, "rank_pattern": {"q_proj": 2}}
+    record_peft(tmp_path, began)
+    assert recorded_peft(tmp_path) == began
+    check_peft(tmp_path, dict(reversed(began.items())))
+    with pytest.raises(InputError, match="r of the PEFT config was 4 .* and is the default now"):
+        check_peft(tmp_path, {key: began[key] for key in ("peft_type", "rank_pattern")})
+    with pytest.raises(InputError, match="use_dora .* was the default .* and is True now"):
+        check_peft(tmp_path, {**began, "use_dora": True})

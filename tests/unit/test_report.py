@@ -252,6 +252,18 @@ def test_a_damaged_record_is_named(tmp_path: Path, file: str, text: str, message
     assert "\n" not in str(error.value)
 
 
+def test_the_record_of_another_program_is_left_out_and_named(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", 0.5)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "cfg.yaml").write_text("data: glue-tvt_cola\noutput_dir: weights/old\nseed: 42\n")
+    text = report_runs(find_runs([tmp_path]), tmp_path / "all")
+    row, note = text.splitlines()[2:]
+    assert row.startswith("a ")
+    assert note.startswith(f"left out: {old / 'cfg.yaml'} has no name")
+    assert "old" not in (tmp_path / "all.csv").read_text()
+
+
 def test_what_cannot_be_written_is_bad_input(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, "a", 0.5)
     (tmp_path / "file").write_text("")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ssm_train.data.tasks.task import Record, Rendered, Segment
 from ssm_train.data.tasks.text import GENERATION_METRICS, check_metrics
@@ -43,10 +43,7 @@ class ChatTask(Settings):
     metrics: list[str] = Field(default=["rougeL", "exact_match"], min_length=1)
     """Of exact_match, bleu, meteor, rouge1, rouge2, rougeL, for the last answer of a chat."""
 
-    @field_validator("metrics")
-    @classmethod
-    def _check_metrics(cls, names: list[str]) -> list[str]:
-        return check_metrics(names, GENERATION_METRICS)
+    _check_metrics = check_metrics(GENERATION_METRICS)
 
     def render(self, record: Record, *, training: bool) -> list[Rendered]:
         """One example. Raises InputError without a place: no messages, a bad one, no answer."""
@@ -80,9 +77,10 @@ class ChatTask(Settings):
             shown = before + answer
         if not segments:
             raise InputError(f"no message of the assistant in {self.field!r}, so nothing to learn")
-        last = [m["content"] for m in messages if m["role"] == "assistant"][-1]
+        last = [m["content"] for m in messages if m["role"] == "assistant"][-1].strip()
+        turn_end = find_turn_end(segments[-1].text.removesuffix(eos), last)
         ends = not (eos and segments[-1].text.endswith(eos))
-        return [Rendered(tuple(segments), (last.strip(),), ends=ends)]
+        return [Rendered(tuple(segments), (last,), turn_end, ends)]
 
     def fill(self, messages: Sequence[Mapping[str, str]], *, answering: bool) -> str:
         """The template's text. Raises InputError for what the template refuses."""
@@ -106,8 +104,17 @@ class ChatTask(Settings):
         references: Sequence[Sequence[str]],
         contexts: Sequence[str],
     ) -> dict[str, float]:
-        """Metrics of the last answers."""
-        return compute_metrics(self.metrics, predictions, references)
+        """Metrics of the last answers, up to where the template ends a turn (`contexts`)."""
+        answers = [
+            answer.partition(turn_end)[0] if turn_end else answer
+            for answer, turn_end in zip(predictions, contexts, strict=True)
+        ]
+        return compute_metrics(self.metrics, answers, references)
+
+
+def find_turn_end(answer: str, content: str) -> str:
+    """What the template writes behind a message to end its turn, without spaces around it."""
+    return answer.rpartition(content)[2].strip() if content and content in answer else ""
 
 
 def bind_template(task: ChatTask, tokenizer: Any) -> ChatTask:
@@ -123,12 +130,13 @@ def bind_template(task: ChatTask, tokenizer: Any) -> ChatTask:
             f"task: tokenizer {tokenizer.name_or_path!r} has no chat template; set `task: "
             "{type: chat, template: plain}` or the path of a .jinja file"
         )
-    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    named = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     return task.model_copy(
         update={
             "template": template,
-            "variables": special | task.variables,
-            "reserved": sorted({*task.reserved, *tokenizer.all_special_tokens}),
+            "variables": named | task.variables,
+            "reserved": sorted({*task.reserved, *tokenizer.all_special_tokens, *added}),
         }
     )
 

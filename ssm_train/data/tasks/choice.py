@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ssm_train.data.published import OFFICIAL, Part, Published, parquet_of, read_files
-from ssm_train.data.records import Numbered, Records, read_lines, read_records, readable
+from ssm_train.data.records import (
+    Numbered,
+    Records,
+    read_lines,
+    read_records,
+    read_table,
+    readable,
+)
 from ssm_train.data.tasks.text import ClassificationTask
 from ssm_train.errors import InputError
 
@@ -152,9 +158,13 @@ def publish_arc(config: str) -> Published:
 MMLU = choose_letter(4)
 
 
+MMLU_COLUMNS = ("question", *LETTERS[:4], "answer")
+
+
 def clean_mmlu(record: dict[str, Any]) -> dict[str, Any]:
     """The hub's answer is a place in the choices, the official one a letter."""
-    choices, answer = record["choices"], record["answer"]
+    answer = record["answer"]
+    choices = record["choices"] if "choices" in record else [record[c] for c in LETTERS[:4]]
     letters = LETTERS[: len(choices)]
     known = {name: letter for n, letter in enumerate(letters) for name in (str(n), letter)}
     if str(answer) not in known:
@@ -167,29 +177,11 @@ def clean_mmlu(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_mmlu(path: Path) -> Records:
-    """A Parquet file, or an official CSV file without header."""
+    """A Parquet file, or an official CSV file, which has no header."""
     if path.suffix != ".csv":
         return read_records(path)
-    return Records(str(path), readable(path, _read_questions), by_line=True)
-
-
-def _read_questions(path: Path) -> Iterator[Numbered]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        table = csv.reader(lines)
-        try:
-            for values in table:
-                if len(values) != 6:
-                    raise InputError(
-                        f"{path}:{table.line_num}: {len(values)} values; expected a question, four "
-                        "choices and a letter"
-                    )
-                question, *choices, answer = values
-                yield (
-                    table.line_num,
-                    {"question": question, "choices": choices, "answer": answer},
-                )
-        except csv.Error as error:
-            raise InputError(f"{path}:{table.line_num}: malformed CSV: {error}") from None
+    read = partial(read_table, header=MMLU_COLUMNS, strict=False)
+    return Records(str(path), readable(path, read), by_line=True)
 
 
 def _mmlu_files(split: str, folder: str) -> tuple[str, ...]:

@@ -247,7 +247,7 @@ def publish(name: str, task: Glue) -> Published:
         files={"train": train, "validation": validation},
         hub="nyu-mll/glue",
         hub_folder=name,
-        beside=("*dev_ids.tsv",) if name == "mrpc" else (),
+        beside=("*dev_ids.tsv", "msr_paraphrase_train.txt") if name == "mrpc" else (),
         read=read,
         clean=partial(clean, task=task),
         source="the files are at https://gluebenchmark.com/tasks",

@@ -24,9 +24,9 @@ def check_split(length: int, split: str) -> None:
         raise InputError(f"data: random_{length}: an example has at least 2 tokens")
 
 
-def random_chunk(length: int, split: str, tokenizer: Any) -> Chunk:
-    """The examples of a split, of the tokenizer's ordinary tokens."""
-    ids = draw_examples(length, split, ordinary_ids(tokenizer))
+def random_chunk(length: int, split: str, tokenizer: Any, limit: int | None = None) -> Chunk:
+    """The examples of a split, or its first `limit`, of the tokenizer's ordinary tokens."""
+    ids = draw_examples(length, split, ordinary_ids(tokenizer))[:limit]
     count, prompt = len(ids), prompt_length(length)
     return Chunk(
         ids=ids.reshape(-1),

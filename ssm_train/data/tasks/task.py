@@ -26,11 +26,11 @@ class Rendered(NamedTuple):
     references: tuple[str, ...] = ()
     """Every right answer, without spaces around it; for generation metrics."""
     context: str = ""
-    """What else scoring must know of the example, such as its database: JSON text."""
+    """What else scoring must know of the example, as text: its database, the end of a turn."""
     ends: bool = True
     """Whether the end-of-text token follows, and is learnt."""
     cut: bool = False
-    """In training, an example that is too long is cut into several instead of dropped."""
+    """In training, text that is too long is cut into several examples instead of dropped."""
 
     @property
     def prompt(self) -> str:
@@ -44,11 +44,16 @@ class Rendered(NamedTuple):
 
 
 def ask(
-    prompt: Iterable[str], label: str, references: tuple[str, ...], context: str = ""
+    prompt: Iterable[str],
+    label: str,
+    references: tuple[str, ...],
+    context: str = "",
+    *,
+    ends: bool = True,
 ) -> Rendered:
     """An example of a prompt, whose parts are tokenized one by one, and a label to learn."""
-    segments = (*(Segment(text) for text in prompt), Segment(label, learnt=True))
-    return Rendered(segments, references, context)
+    segments = (*map(Segment, prompt), Segment(label, learnt=True))
+    return Rendered(segments, references, context, ends)
 
 
 class Task(Protocol):

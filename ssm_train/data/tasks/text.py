@@ -3,6 +3,7 @@ generation with one or more references."""
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -34,14 +35,12 @@ def parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
     return tuple(pieces)
 
 
-def fill(template: str, record: Record, **replacements: str) -> str:
+def fill(template: str, record: Record) -> str:
     """The template with its fields' values. Raises InputError without a place."""
     parts = []
     for text, field in parse_template(template):
         parts.append(text)
-        if field in replacements:
-            parts.append(replacements[field])
-        elif field is not None:
+        if field is not None:
             parts.append(linearise(field, field_value(record, field)))
     return "".join(parts)
 
@@ -58,7 +57,7 @@ def linearise(field: str, value: Any) -> str:
     """A field as text: text and numbers as they are, a list joined by " : ", a list of lists
     joined by " | " (DART: `Mars : MOON : Phobos | Mars : MOON : Deimos`).
 
-    Raises InputError for null, mappings and deeper lists.
+    Raises InputError for null, not-a-number, mappings and deeper lists.
     """
     if isinstance(value, list) and value:
         if not any(isinstance(item, list) for item in value):
@@ -73,11 +72,11 @@ def _plain(field: str, value: Any) -> str:
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int | float):
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     raise InputError(
         f"field {field!r} is or holds {json_type(value)} {str(value)[:40]!r}; expected text, "
-        "a number, or a non-empty list (of lists) of them"
+        "a finite number, or a non-empty list (of lists) of them"
     )
 
 
@@ -92,11 +91,16 @@ def _parts(template: str | list[str]) -> tuple[str, ...]:
     return (template,) if isinstance(template, str) else tuple(template)
 
 
-def check_metrics(names: list[str], known: tuple[str, ...]) -> list[str]:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown metric {name!r}; known: {', '.join(known)}")
-    return names
+def check_metrics(known: tuple[str, ...]) -> Any:
+    """A validator of the field `metrics`: raises ValueError for one that is not among `known`."""
+
+    def check(names: list[str]) -> list[str]:
+        for name in names:
+            if name not in known:
+                raise ValueError(f"unknown metric {name!r}; known: {', '.join(known)}")
+        return names
+
+    return field_validator("metrics")(check)
 
 
 class ClassificationTask(Settings):
@@ -113,6 +117,7 @@ class ClassificationTask(Settings):
     """Of accuracy, f1, mcc; the first one chooses the best checkpoint."""
 
     _check_prompt = field_validator("prompt")(_check_template)
+    _check_metrics = check_metrics(CLASSIFICATION_METRICS)
 
     @field_validator("labels")
     @classmethod
@@ -120,11 +125,6 @@ class ClassificationTask(Settings):
         if len({_label_key(value) for value in labels}) < len(labels):
             raise ValueError("two values read the same")
         return labels
-
-    @field_validator("metrics")
-    @classmethod
-    def _check_metrics(cls, names: list[str]) -> list[str]:
-        return check_metrics(names, CLASSIFICATION_METRICS)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -143,7 +143,7 @@ class ClassificationTask(Settings):
             known = ", ".join(map(repr, self.labels))
             raise InputError(f"label {value!r} in field {self.label_field!r}; known: {known}")
         prompt = [fill(part, record) for part in _parts(self.prompt)]
-        return [ask(prompt, word, (word,))._replace(ends=False)]
+        return [ask(prompt, word, (word,), ends=False)]
 
     def score(
         self,
@@ -184,11 +184,7 @@ class GenerationTask(Settings):
     checkpoint."""
 
     _check_templates = field_validator("prompt", "label")(_check_template)
-
-    @field_validator("metrics")
-    @classmethod
-    def _check_metrics(cls, names: list[str]) -> list[str]:
-        return check_metrics(names, GENERATION_METRICS)
+    _check_metrics = check_metrics(GENERATION_METRICS)
 
     def render(self, record: Record, *, training: bool) -> list[Rendered]:
         """One example, or one a reference (`references: each`, in training).
@@ -200,10 +196,9 @@ class GenerationTask(Settings):
         if len(set(lists)) > 1:
             raise InputError(f"fields {lists[0]!r} and {lists[1]!r} of the label are both lists")
         if lists:
-            labels = [
-                fill(self.label, record, **{lists[0]: _plain(lists[0], item)})
-                for item in record[lists[0]]
-            ]
+            name = lists[0]
+            texts = [_plain(name, item) for item in record[name]]
+            labels = [fill(self.label, {**record, name: text}) for text in texts]
         else:
             labels = [fill(self.label, record)]
         if not labels or not all(label.strip() for label in labels):

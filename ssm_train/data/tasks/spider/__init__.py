@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ssm_train.data.records import json_type
 from ssm_train.data.tasks.spider.components import Query
@@ -20,7 +20,7 @@ from ssm_train.data.tasks.spider.execute import Database
 from ssm_train.data.tasks.spider.match import LEVELS, judge_hardness, match_exactly
 from ssm_train.data.tasks.spider.schema import parse_schema
 from ssm_train.data.tasks.task import Record, Rendered, ask
-from ssm_train.data.tasks.text import field_value
+from ssm_train.data.tasks.text import check_metrics, field_value
 from ssm_train.errors import InputError
 from ssm_train.settings import Settings
 
@@ -39,13 +39,7 @@ class SpiderTask(Settings):
     seconds: float = Field(default=10.0, gt=0)
     """Time limit of a query on its database."""
 
-    @field_validator("metrics")
-    @classmethod
-    def _check_metrics(cls, names: list[str]) -> list[str]:
-        for name in names:
-            if name not in METRICS:
-                raise ValueError(f"unknown metric {name!r}; known: {', '.join(METRICS)}")
-        return names
+    _check_metrics = check_metrics(METRICS)
 
     def render(self, record: Record, *, training: bool) -> list[Rendered]:
         """One example of question, query, db_id, schema (by `linearise`) and database (path of

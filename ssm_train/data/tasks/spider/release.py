@@ -55,6 +55,7 @@ DATASETS = {
         },
         read=read_release,
         beside=(TABLES,),
+        holds_paths=True,  # of the databases
         source="unpack the official release there (train_spider.json, dev.json, tables.json, "
         "database/)",
     )
