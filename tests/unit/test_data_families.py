@@ -69,8 +69,9 @@ def test_dart_in_each_layout(place, tmp_path):
     for hub, official in (("train", "train"), ("validation", "dev"), ("test", "test")):
         write(tmp_path / place.format(dev=official, validation=hub), [row] * (2 + len(hub)))
     for split, count in (("train", 7), ("val", 12), ("test", 6)):
+        assert len(records("dart", split, tmp_path)) == count
         found = examples("dart", split, tmp_path)
-        assert len(found) == count
+        assert len(found) == (2 * count if split == "train" else count), "every reference is learnt"
         assert found[0].prompt == (
             "facts : Mars : MOON : Phobos | Mars : COLOUR : red \ndescription :"
         )

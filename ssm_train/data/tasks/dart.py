@@ -14,6 +14,7 @@ from ssm_train.data.tasks.text import GenerationTask
 DART = GenerationTask(
     prompt=["facts :", " {tripleset}", " \ndescription :"],
     label=" {annotations}",
+    references="each",
     metrics=["bleu", "meteor", "rougeL"],
 )
 
