@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -347,6 +347,15 @@ OBEDIENT = "trap 'sleep 0.2; exit 75' INT; echo >$room/ready; while :; do sleep 
 DEAF = "trap '' INT TERM; sleep 1000 & echo $! >$room/child; while :; do sleep 0.05; done"
 
 
+@pytest.fixture
+def hangup_heard() -> Iterator[None]:
+    """Tests under nohup would hand down an ignored SIGHUP, which a suite keeps ignoring."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
+
+@pytest.mark.usefixtures("hangup_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_stops_every_process(room: Room, number: signal.Signals) -> None:
     room.write(FIVE, c=OBEDIENT, d=DEAF)
@@ -355,7 +364,7 @@ def test_an_interrupt_stops_every_process(room: Room, number: signal.Signals) ->
         wait_until(lambda: child.exists() and child.read_text().strip() and ready.exists())
         assert len(processes_with(str(room.path))) >= 2
         suite.send_signal(number)
-        out, _ = suite.communicate()
+        out, _ = suite.communicate(timeout=60)
     assert suite.returncode == 130, out
     assert re.search(r"c\.yaml  stopped \(exit 75\) in", out)
     assert re.search(r"d\.yaml  stopped \(signal 9: Killed\) in", out)
@@ -509,7 +518,7 @@ def test_an_interrupt_lets_real_runs_save_themselves(room: Room) -> None:
         wait_until(lambda: all(log.exists() and "step 1/" in log.read_text() for log in logs))
         assert len(processes_with(str(room.path / "tmp"))) >= 2
         suite.send_signal(signal.SIGINT)
-        out, _ = suite.communicate()
+        out, _ = suite.communicate(timeout=60)
     assert suite.returncode == 130, out
     assert out.count("stopped (exit 75)") == 2
     assert out.endswith(
