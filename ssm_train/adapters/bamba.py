@@ -37,6 +37,7 @@ class BambaMixer(CachedMixer, stock.BambaMixer):
 
     fp32_names = Mamba2Mixer.fp32_names
     sites = Mamba2Mixer.sites
+    slices = Mamba2Mixer.slices  # type: ignore[assignment]
     forward = Mamba2Mixer.forward  # type: ignore[assignment]
 
 

@@ -76,6 +76,15 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
         *("initial_window", "initial_state", "offset"),
     )
 
+    @property
+    def slices(self) -> dict[str, dict[str, int]]:
+        """Projection -> the slices of its rows, in order."""
+        d, n = self.intermediate_size, self.ssm_state_size
+        return {
+            "in_proj": {"in_proj_x": d, "in_proj_z": d},
+            "x_proj": {"x_proj_dt": self.time_step_rank, "x_proj_B": n, "x_proj_C": n},
+        }
+
     def forward(
         self,
         hidden_states: Tensor,  # [B, T, H]
@@ -117,6 +126,13 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
 class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
     fp32_names = ("A_log", "D", "dt_bias")
     sites = ("log_decay", "skip", "step_bias", "initial_window", "initial_state")
+
+    @property
+    def slices(self) -> dict[str, dict[str, int]]:
+        """Projection -> the slices of its rows, in order."""
+        d, n = self.intermediate_size, self.n_groups * self.ssm_state_size
+        names = ("in_proj_z", "in_proj_x", "in_proj_B", "in_proj_C", "in_proj_dt")
+        return {"in_proj": dict(zip(names, (d, d, n, n, self.num_heads), strict=True))}
 
     def forward(
         self,

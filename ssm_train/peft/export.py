@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ssm_train.adapters.base import Traits
 from ssm_train.adapters.common import matches
+from ssm_train.adapters.slices import SlicedLinear
 from ssm_train.errors import InputError
 from ssm_train.peft.cards import adapter_card
 from ssm_train.peft.lora import CHANGES_BASE, lora_layers, quiet_peft
@@ -134,7 +135,11 @@ def needs_ssm_lora(model: nn.Module, traits: Traits) -> bool:
     (GLA: stock fla calls a fused op with `down_proj.weight`; Mamba: pitfalls of its kernels.)
     """
     suffixes = traits.refused_targets + traits.raw_weight_reads
-    return bool(own_layers(model)) or any(matches(name, suffixes) for name in lora_layers(model))
+    return (
+        bool(own_layers(model))
+        or any(isinstance(module, SlicedLinear) for module in model.modules())
+        or any(matches(name, suffixes) for name in lora_layers(model))
+    )
 
 
 def _subtract_start(

@@ -5,14 +5,17 @@ adapted matrix, and our own methods. The only file that extends PEFT's own table
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 
+from ssm_train.adapters.slices import cut_slices, join_slices
 from ssm_train.errors import InputError
 from ssm_train.peft.bitfit import BitFitModel
 from ssm_train.peft.initial_state import InitialStateModel
@@ -49,6 +52,7 @@ class SsmLoraModel(LoraModel):
                     "is another implementation; load the model through transformers' own class "
                     "(importing fla makes Auto classes choose fla's)"
                 )
+        cut_slices(model, partial(check_target_module_exists, peft_config))
 
     def _create_and_replace(  # type: ignore[no-untyped-def, override]
         self, lora_config, adapter_name, target: nn.Linear, *where, **options
@@ -60,6 +64,11 @@ class SsmLoraModel(LoraModel):
             weight.data = weight.data.float()
         super()._create_and_replace(lora_config, adapter_name, target, *where, **options)
         weight.data = weight.data.to(stored)
+
+    def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **options)
+        join_slices(model)
+        return model
 
     def _check_target_module_compatiblity(
         self, peft_config: PeftConfig, model: nn.Module, target_name: str

@@ -5,12 +5,13 @@ a name that is silently ignored is an experiment that was not run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ssm_train.adapters.base import Traits
+from ssm_train.adapters.slices import cut_slices, find_slices, slice_names
 from ssm_train.errors import InputError, near
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ ALL_LINEAR = "all-linear"
 
 
 def resolve_targets(model: nn.Module, traits: Traits, settings: LoraSettings) -> list[str] | str:
-    """The target_modules for PEFT: names, or the regular expression as it was given.
+    """The target_modules for PEFT: names, or the regular expression as it was given. Layers of
+    which a slice is named are cut.
 
     Raises InputError for a name, a layer or a pattern that matches nothing, a module that LoRA
     cannot adapt, and a rank larger than the matrix.
@@ -31,6 +33,7 @@ def resolve_targets(model: nn.Module, traits: Traits, settings: LoraSettings) ->
     elif targets == ALL_LINEAR:
         targets = sorted(_linear_layers(model))
     _check_modules_to_save(model, targets, settings.modules_to_save or [])
+    _cut_slices(model, targets, settings)
     matches = match_targets(model, targets, settings)
     matched = {name: target for target, names in matches.items() for name in names}
     modules = dict(model.named_modules())
@@ -49,19 +52,11 @@ def match_targets(
     model: nn.Module, targets: list[str] | str, settings: LoraSettings
 ) -> dict[str, list[str]]:
     """Target -> names of the modules it matches, by PEFT's own rules. Raises InputError."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     names = [name for name, _ in model.named_modules() if name]
 
     def matches(target: str, layers: list[int] | int | None) -> list[str]:
-        config = LoraConfig(
-            target_modules=target if isinstance(targets, str) else [target],
-            exclude_modules=settings.exclude_modules,
-            layers_to_transform=layers,
-            layers_pattern=None if layers is None else settings.layers_pattern,
-        )
-        return [name for name in names if check_target_module_exists(config, name)]
+        one = target if isinstance(targets, str) else [target]
+        return list(filter(_matcher(one, settings, layers), names))
 
     wanted = [targets] if isinstance(targets, str) else list(dict.fromkeys(targets))
     layers = settings.layers_to_transform
@@ -86,6 +81,22 @@ def match_targets(
                 f"{_last_layer(names)}"
             )
     return found
+
+
+def _matcher(
+    targets: list[str] | str, settings: LoraSettings, layers: list[int] | int | None
+) -> Callable[[str], bool]:
+    """Whether a module of a name is one of the targets in these layers, by PEFT's own rules."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = LoraConfig(
+        target_modules=targets,
+        exclude_modules=settings.exclude_modules,
+        layers_to_transform=layers,
+        layers_pattern=None if layers is None else settings.layers_pattern,
+    )
+    return lambda name: bool(check_target_module_exists(config, name))
 
 
 def rank_of(name: str, settings: LoraSettings) -> int:
@@ -130,6 +141,20 @@ def _check_kind(
         f"target_modules: {name} is a {kind}, and LoRA adapts linear layers"
         + (f"; name them: {way_out}" if inside else "; remove it")
     )
+
+
+def _cut_slices(model: nn.Module, targets: list[str] | str, settings: LoraSettings) -> None:
+    """Makes the slices that are targets modules. Raises InputError where the layer is one too."""
+    wanted = _matcher(targets, settings, settings.layers_to_transform)
+    for place, linear, rows in find_slices(model):
+        if isinstance(targets, list) and wanted(f"{place}.{linear}"):
+            for name in rows:
+                if name in targets:
+                    raise InputError(
+                        f"target_modules: {name!r} is a slice of {linear}, which is a target as a "
+                        "whole; name one of the two"
+                    )
+    cut_slices(model, wanted)
 
 
 def _check_modules_to_save(
@@ -183,7 +208,7 @@ def _ends_with(name: str, pattern: str) -> bool:
 
 def _suggest(target: str, model: nn.Module) -> str:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    endings = _endings(linear)
+    endings = [*_endings(linear), *slice_names(model)]
     return near(target, endings) or f"; linear layers here: {', '.join(endings[:12])}"
 
 
