@@ -49,8 +49,8 @@ def selective_scan_cuda(
     u: Tensor,  # [B, T, d]
     dt: Tensor,  # [B, T, d] fp32
     A: Tensor,  # [d, n]
-    B: Tensor,  # [B, T, n]
-    C: Tensor,  # [B, T, n]
+    B: Tensor,  # [B, T, n], or [B, T, d, n]
+    C: Tensor,  # the same
     *,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -62,22 +62,26 @@ def selective_scan_cuda(
 
     The kernel has no initial state: steps that go on from one take the plain path. It has no
     documents either: a separator of input 0 and a huge step size between two of them empties the
-    state exactly, as exp(-1e6) is 0.
+    state exactly, as exp(-1e6) is 0. It takes B and C for groups of channels, as many for both:
+    one or d here.
     """
     options: dict[str, Any] = {"D": D, "z": z, "output_final_state": output_final_state}
     if initial_state is not None:
-        return selective_scan(u, dt, A, B, C, initial_state=initial_state, **options)
+        options |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
+        return selective_scan(u, dt, A, B, C, **options)
     assert not (output_final_state and cu_seqlens is not None), "packed rows have no cache"
     dtype, places = u.dtype, None
+    if max(B.ndim, C.ndim) == 4:
+        B, C = (x if x.ndim == 4 else x[:, :, None].expand(*u.shape, -1) for x in (B, C))
     inputs = [x.float() for x in (u, dt, B, C, *([] if z is None else [z]))]
     if cu_seqlens is not None:
         places = separated(cu_seqlens, u.shape[1])
         length = u.shape[1] + cu_seqlens.numel() - 2
         inputs = [
-            x.new_full((1, length, x.shape[-1]), RESET if i == 1 else 0.0).index_copy(1, places, x)
+            x.new_full((1, length, *x.shape[2:]), RESET if i == 1 else 0.0).index_copy(1, places, x)
             for i, x in enumerate(inputs)
         ]
-    u, dt, B, C, *gate = (x.mT.contiguous() for x in inputs)  # [B, d or n, T]
+    u, dt, B, C, *gate = (x.movedim(1, -1).contiguous() for x in inputs)  # [B, ..., T]
     result = load_kernel(SCAN, "selective_scan_fn")(
         u, dt, A, B, C, D, gate[0] if gate else None, return_last_state=output_final_state
     )

@@ -20,15 +20,22 @@ def any_block(request, monkeypatch):
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", steps * 30)
 
 
-def make_inputs(rows=2, length=37, channels=5, states=3, documents=None, dtype=torch.float32):
+def make_inputs(
+    rows=2, length=37, channels=5, states=3, documents=None, dtype=torch.float32, per_channel=""
+):
+    """`per_channel`: which of B and C every channel has its own of."""
     torch.manual_seed(length)
     shape = (rows, length, channels)
+
+    def make_matrix(name):
+        return torch.randn(rows, length, *([channels] if name in per_channel else []), states)
+
     values = {
         "u": torch.randn(shape),
         "dt": F.softplus(torch.randn(shape)),
         "A": -torch.rand(channels, states) * 4,
-        "B": torch.randn(rows, length, states),
-        "C": torch.randn(rows, length, states),
+        "B": make_matrix("B"),
+        "C": make_matrix("C"),
         "D": torch.randn(channels),
         "z": torch.randn(shape),
         "initial_state": torch.randn(documents or rows, channels, states),
@@ -39,10 +46,11 @@ def make_inputs(rows=2, length=37, channels=5, states=3, documents=None, dtype=t
 def scan_by_the_paper(u, dt, A, B, C, D, z, initial_state) -> tuple[Tensor, Tensor]:
     """Algorithm 2 of arXiv 2312.00752, a step at a time, in float64."""
     u, dt, A, B, C, D, z, h = (v.double() for v in (u, dt, A, B, C, D, z, initial_state))
+    B, C = (v.unsqueeze(2) if v.ndim == 3 else v for v in (B, C))  # [B, T, 1 or d, n]
     outputs = []
     for t in range(u.shape[1]):
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
-        outputs.append((torch.einsum("bdn,bn->bd", h, C[:, t]) + D * u[:, t]) * F.silu(z[:, t]))
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t]
+        outputs.append(((h * C[:, t]).sum(-1) + D * u[:, t]) * F.silu(z[:, t]))
     return torch.stack(outputs, 1), h
 
 
@@ -68,9 +76,10 @@ def assert_close(actual, expected, tolerance=1e-5):
         assert error < tolerance, (name, error)
 
 
+@pytest.mark.parametrize("per_channel", ["", "B", "C", "BC"])
 @pytest.mark.parametrize("length", [1, 2, 37])
-def test_values_and_gradients_follow_the_paper(length, any_block):
-    inputs = make_inputs(length=length)
+def test_values_and_gradients_follow_the_paper(length, per_channel, any_block):
+    inputs = make_inputs(length=length, per_channel=per_channel)
     assert_close(value_and_gradients(scan, inputs), value_and_gradients(scan_by_the_paper, inputs))
 
 
@@ -87,8 +96,11 @@ def test_agrees_with_transformers():
     assert_close(value_and_gradients(scan, inputs), value_and_gradients(theirs, inputs))
 
 
-def test_gradcheck(any_block):
-    inputs = make_inputs(length=7, channels=2, states=3, dtype=torch.float64)
+@pytest.mark.parametrize("per_channel", ["", "BC"])
+def test_gradcheck(per_channel, any_block):
+    inputs = make_inputs(
+        length=7, channels=2, states=3, dtype=torch.float64, per_channel=per_channel
+    )
     torch.autograd.gradcheck(
         lambda *v: scan(**dict(zip(inputs, v, strict=True))), tuple(inputs.values())
     )
@@ -106,10 +118,11 @@ def test_gradient_of_one_input_alone(trained):
     torch.testing.assert_close(torch.autograd.grad(loss, alone[trained])[0], expected[trained])
 
 
+@pytest.mark.parametrize("per_channel", ["", "BC"])
 @pytest.mark.parametrize("offset", range(1, 11))
-def test_packed_documents_equal_separate_ones(offset, any_block):
+def test_packed_documents_equal_separate_ones(offset, per_channel, any_block):
     """A boundary at every offset, and a one-token document behind it."""
-    inputs = make_inputs(rows=1, length=12, documents=3)
+    inputs = make_inputs(rows=1, length=12, documents=3, per_channel=per_channel)
     offsets = [0, offset, offset + 1, 12]
     packed = value_and_gradients(
         lambda **v: scan(**v, cu_seqlens=torch.tensor(offsets, dtype=torch.int32)), inputs
@@ -197,8 +210,9 @@ def test_extreme_decays_stay_exact(scale):
     assert_close(actual, value_and_gradients(scan_by_the_paper, inputs))
 
 
-def test_bf16_inputs_keep_an_fp32_state_even_under_autocast():
-    inputs = make_inputs(length=64)
+@pytest.mark.parametrize("per_channel", ["", "BC"])
+def test_bf16_inputs_keep_an_fp32_state_even_under_autocast(per_channel):
+    inputs = make_inputs(length=64, per_channel=per_channel)
     for name in ("u", "B", "C", "z"):
         inputs[name] = inputs[name].detach().bfloat16().requires_grad_()
     expected = value_and_gradients(scan_by_the_paper, inputs)

@@ -38,7 +38,7 @@ def selective_scan(
 
     Args:
         u, dt, z: [B, T, d]. dt >= 0 is the step after softplus; 0 passes the state unchanged.
-        A: [d, n], negative. B, C: [B, T, n], shared by all channels. D: [d].
+        A: [d, n], negative. B, C: [B, T, n], shared by all channels, or [B, T, d, n]. D: [d].
         initial_state: [N, d, n], or [1, d, n] for all; zeros if None. N is B, or the number of
             documents.
         output_final_state: also return the states after the last token.
@@ -62,6 +62,7 @@ def selective_scan(
     initial = initial_state.to(dtype).mT.expand(len(spans) * rows, -1, -1)
     initial = initial.reshape(len(spans), rows, -1, channels)
 
+    B, C = (v[..., None] if v.ndim == 3 else v.mT.contiguous() for v in (B, C))
     wide = (v.to(dtype).transpose(0, 1) for v in (u, dt, B, C))  # time first
     y, final = _Scan.apply(*wide, A.to(dtype).mT.contiguous(), initial, spans)
     y = y.transpose(0, 1)
@@ -73,7 +74,7 @@ def selective_scan(
 
 
 class _Scan(torch.autograd.Function):
-    """(u, dt [T, B, d]; B, C [T, B, n]; A [n, d]; initial [spans, B, n, d]) -> (y, final).
+    """(u, dt [T, B, d]; B, C [T, B, n, 1 or d]; A [n, d]; initial [spans, B, n, d]) -> (y, final).
 
     The backward pass runs the spans' blocks from last to first. It computes the states of a
     block again and lets their adjoints flow back: g_t = C_t gy_t + exp(dt_{t+1} A) g_{t+1}.
@@ -99,7 +100,7 @@ class _Scan(torch.autograd.Function):
                 for steps in _blocks(span, state.numel()):
                     block_starts.append(state)
                     _, states = _run_block(u[steps], dt[steps], B[steps], A, state, *buffers)
-                    y[steps] = (C[steps, :, None] @ states[1:]).squeeze(2)
+                    y[steps] = _sum_states(C[steps], states[1:])
                     state = states[-1].clone()
                 final[document] = state
         ctx.save_for_backward(u, dt, B, C, A, *block_starts)
@@ -122,16 +123,18 @@ class _Scan(torch.autograd.Function):
                         u[steps], dt[steps], B[steps], A, block_starts.pop(), *buffers
                     )
                     adjoint, product = (v[: len(decay)] for v in (adjoint_buffer, product_buffer))
-                    torch.mul(C[steps, ..., None], grad_y_s, out=adjoint)
+                    torch.mul(C[steps], grad_y_s, out=adjoint)
                     adjoint[-1] += carry
                     backwards = list(zip(adjoint.unbind(), decay.unbind(), strict=True))[::-1]
                     for (later, decay_t), (earlier, _) in pairwise(backwards):
                         earlier.addcmul_(decay_t, later)
                     carry = decay[0] * adjoint[0]
 
-                    grad_C[steps] = torch.mul(states[1:], grad_y_s, out=product).sum(-1)
-                    grad_B[steps] = torch.mul(adjoint, dt_s * u_s, out=product).sum(-1)
-                    through_input = (B[steps, :, None] @ adjoint).squeeze(2)
+                    torch.mul(states[1:], grad_y_s, out=product)
+                    grad_C[steps] = product.sum_to_size(C[steps].shape)
+                    torch.mul(adjoint, dt_s * u_s, out=product)
+                    grad_B[steps] = product.sum_to_size(B[steps].shape)
+                    through_input = _sum_states(B[steps], adjoint)
                     grad_u[steps] = dt[steps] * through_input
                     # With respect to the exponent dt_t A, in place of the adjoint.
                     exponent = adjoint.mul_(decay).mul_(states[:-1])
@@ -161,6 +164,13 @@ def _allocate_block(state: Tensor, spans: list[Span], count: int) -> list[Tensor
     return [state.new_empty(steps + 1, *state.shape) for _ in range(count)]
 
 
+def _sum_states(weights: Tensor, states: Tensor) -> Tensor:
+    """[S, B, n, 1 or d] and [S, B, n, d] -> [S, B, d]: the sum over n of their product."""
+    if weights.shape[-1] == 1:  # one matrix product, several times faster
+        return (weights.mT @ states).squeeze(2)
+    return (weights * states).sum(2)
+
+
 def _run_block(
     u: Tensor, dt: Tensor, B: Tensor, A: Tensor, state: Tensor, decay: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -168,7 +178,7 @@ def _run_block(
     decay, states = decay[: len(u)], states[: len(u) + 1]
     torch.mul(dt[:, :, None], A, out=decay).exp_()
     states[0] = state
-    torch.mul(B[..., None], (dt * u)[:, :, None], out=states[1:])
+    torch.mul(B, (dt * u)[:, :, None], out=states[1:])
     for decay_t, (earlier, later) in zip(decay.unbind(), pairwise(states.unbind()), strict=True):
         later.addcmul_(decay_t, earlier)
     return decay, states
