@@ -28,6 +28,8 @@ class CachedMixer:
     log_decay: common.Site
     skip: common.Site
     step_bias: common.Site
+    input_matrix: common.Site
+    output_matrix: common.Site
     initial_window: common.Site
     initial_state: common.Site
     offset: common.Site
@@ -72,7 +74,7 @@ class CachedMixer:
 class MambaMixer(CachedMixer, stock1.MambaMixer):
     fp32_names = ("A_log", "D", "dt_proj.bias")
     sites = (
-        *("log_decay", "skip"),
+        *("log_decay", "skip", "input_matrix", "output_matrix"),
         *("initial_window", "initial_state", "offset"),
     )
 
@@ -104,6 +106,7 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
         dt = step_sizes(self.dt_proj(dt), real)
         scan = selective_scan_cuda if self.fast and x.is_cuda else selective_scan
         with torch.autocast(x.device.type, enabled=False):
+            B, C = self.input_matrix(B), self.output_matrix(C)  # [B, T, n], or [B, T, d, n]
             y, state = scan(
                 x,
                 dt,

@@ -20,6 +20,7 @@ from ssm_train.errors import InputError
 from ssm_train.peft.bitfit import BitFitModel
 from ssm_train.peft.initial_state import InitialStateModel
 from ssm_train.peft.layer_freeze import LayerFreezeModel
+from ssm_train.peft.param_transform import ParamTransformModel
 from ssm_train.peft.state_offset import StateOffsetModel
 from ssm_train.peft.tuner import OwnConfig, make_config_class
 
@@ -81,7 +82,10 @@ class SsmLoraModel(LoraModel):
 
 CONFIGS: dict[str, type[OwnConfig]] = {
     tuner.peft_name: make_config_class(tuner)
-    for tuner in (LayerFreezeModel, BitFitModel, InitialStateModel, StateOffsetModel)
+    for tuner in (
+        *(LayerFreezeModel, BitFitModel, InitialStateModel, StateOffsetModel),
+        ParamTransformModel,
+    )
 }
 """peft_type -> PEFT configuration of our own methods."""
 

@@ -73,9 +73,26 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("mamba",),
         {"peft_type": "STATE_OFFSET_TUNING", "tuning_mode": "OUTPUT_TUNING"},
     ),
+    "transform_states": (
+        ("mamba",),
+        {"peft_type": "PARAM_TRANSFORM", "parameters": ["B", "C"], "scale_shape": "n"},
+    ),
+    "transform_channels": (
+        ("mamba",),
+        {"peft_type": "PARAM_TRANSFORM", "scale_shape": "d", "bias_shape": "n"},
+    ),
+    "transform_rank": (
+        ("mamba",),
+        {"peft_type": "PARAM_TRANSFORM", "scale_shape": "dn", "bias_shape": "dn", "r": 2},
+    ),
 }
 CELLS = [(name, family) for name, (families, _) in METHODS.items() for family in families]
-MERGED = ("bitfit", "bitfit_new", "freeze_ssm", "freeze_gates", "freeze_layer")
+MERGED = (
+    *("bitfit", "bitfit_new", "freeze_ssm", "freeze_gates", "freeze_layer"),
+    *("transform_states",),
+)
+# Methods whose scan adds up the same numbers in another order.
+REORDERED = ("transform_channels", "transform_rank")
 each_cell = pytest.mark.parametrize(("name", "family"), CELLS)
 
 
@@ -105,12 +122,20 @@ def trained(name: str, family: str, **options: Any) -> Any:
     return prepared
 
 
+def assert_starts_as(name: str, before: Any, logits: Any) -> None:
+    """Step 0 has the base's logits, to the bit where it computes the same sums."""
+    if name in REORDERED:
+        assert relative_error(logits, before) < 1e-5
+    else:
+        assert torch.equal(logits, before)
+
+
 @each_cell
 def test_it_is_alive_and_the_function_is_unchanged_at_step_0(name: str, family: str) -> None:
     prepared, ids = prepare(family), tokens(2, 19)
     before = logits_of(prepared.model, ids)
     inject(prepared, settings_of(name, family))
-    assert torch.equal(logits_of(prepared.model, ids), before)
+    assert_starts_as(name, before, logits_of(prepared.model, ids))
     check_liveness(prepared.model, make_batch(), token_losses)
     for parameter_name, parameter in prepared.model.named_parameters():
         assert parameter.requires_grad == ("values" in parameter_name), parameter_name
@@ -251,7 +276,7 @@ def test_several_adapters_on_one_base(name: str, family: str) -> None:
     model.add_adapter("second", config_class(task_type="CAUSAL_LM", **settings))
     assert torch.equal(logits_of(model, ids), first)
     model.set_adapter("second")
-    assert torch.equal(logits_of(model, ids), before)
+    assert_starts_as(name, before, logits_of(model, ids))
     train_a_little(model, seed=2)
     second = logits_of(model, ids)
     assert relative_error(second, first) > 1e-3

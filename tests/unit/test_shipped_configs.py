@@ -159,6 +159,8 @@ OWN = {
     "cfg/peft/state_offset/state_offset.json": ("mamba", 1),
     "cfg/peft/state_offset/state_offset_r4.json": ("mamba", 1),
     "cfg/peft/state_offset/output.json": ("mamba", 1),
+    "cfg/peft/param_transform/scale_n.json": ("mamba", 2),
+    "cfg/peft/param_transform/scale_bias_dn_r4.json": ("mamba", 2),
 }
 SIZES: dict[str, dict[str, Any]] = {
     "gla": {"num_hidden_layers": 24, "num_heads": 2, "intermediate_size": 48},  # as many as 1.3B
