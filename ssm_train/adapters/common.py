@@ -37,7 +37,7 @@ class Site(nn.Module):
     """A place in a mixer where a PEFT method may step in. It has no parameters and changes
     nothing: the value that it gets is the value that it gives."""
 
-    def forward(self, value: Tensor | None, *context: Tensor) -> Tensor | None:
+    def forward(self, value: Any, *context: Tensor) -> Any:
         return value
 
 

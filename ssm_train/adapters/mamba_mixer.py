@@ -30,6 +30,7 @@ class CachedMixer:
     step_bias: common.Site
     input_matrix: common.Site
     output_matrix: common.Site
+    extra_states: common.Site
     initial_window: common.Site
     initial_state: common.Site
     offset: common.Site
@@ -74,7 +75,7 @@ class CachedMixer:
 class MambaMixer(CachedMixer, stock1.MambaMixer):
     fp32_names = ("A_log", "D", "dt_proj.bias")
     sites = (
-        *("log_decay", "skip", "input_matrix", "output_matrix"),
+        *("log_decay", "skip", "input_matrix", "output_matrix", "extra_states"),
         *("initial_window", "initial_state", "offset"),
     )
 
@@ -106,11 +107,12 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
         dt = step_sizes(self.dt_proj(dt), real)
         scan = selective_scan_cuda if self.fast and x.is_cuda else selective_scan
         with torch.autocast(x.device.type, enabled=False):
+            A_log, B, C = self.extra_states((self.log_decay(self.A_log), B, C), x)
             B, C = self.input_matrix(B), self.output_matrix(C)  # [B, T, n], or [B, T, d, n]
             y, state = scan(
                 x,
                 dt,
-                -torch.exp(self.log_decay(self.A_log)),
+                -torch.exp(A_log),
                 B,
                 C,
                 D=self.skip(self.D),

@@ -17,6 +17,7 @@ from torch import nn
 
 from ssm_train.adapters.slices import cut_slices, join_slices
 from ssm_train.errors import InputError
+from ssm_train.peft.additional_scan import AdditionalScanModel
 from ssm_train.peft.bitfit import BitFitModel
 from ssm_train.peft.initial_state import InitialStateModel
 from ssm_train.peft.layer_freeze import LayerFreezeModel
@@ -84,7 +85,7 @@ CONFIGS: dict[str, type[OwnConfig]] = {
     tuner.peft_name: make_config_class(tuner)
     for tuner in (
         *(LayerFreezeModel, BitFitModel, InitialStateModel, StateOffsetModel),
-        ParamTransformModel,
+        *(ParamTransformModel, AdditionalScanModel),
     )
 }
 """peft_type -> PEFT configuration of our own methods."""

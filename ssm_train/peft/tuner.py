@@ -144,13 +144,13 @@ class OwnLayer(nn.Module, BaseTunerLayer):
 class SiteLayer(OwnLayer):
     """A method at a site of a mixer: changes the value that passes."""
 
-    def forward(self, value: Tensor | None, *context: Tensor) -> Tensor | None:
+    def forward(self, value: Any, *context: Tensor) -> Any:
         value = self.base_layer(value, *context)
         for adapter in self.active():
             value = self.change(adapter, value, *context)
         return value
 
-    def change(self, adapter: str, value: Any, *context: Tensor) -> Tensor:
+    def change(self, adapter: str, value: Any, *context: Tensor) -> Any:
         raise NotImplementedError
 
 

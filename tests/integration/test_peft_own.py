@@ -85,14 +85,15 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("mamba",),
         {"peft_type": "PARAM_TRANSFORM", "scale_shape": "dn", "bias_shape": "dn", "r": 2},
     ),
+    "more_states": (("mamba",), {"peft_type": "ADDITIONAL_SCAN", "num_states": 3}),
 }
 CELLS = [(name, family) for name, (families, _) in METHODS.items() for family in families]
 MERGED = (
     *("bitfit", "bitfit_new", "freeze_ssm", "freeze_gates", "freeze_layer"),
-    *("transform_states",),
+    *("transform_states", "more_states"),
 )
 # Methods whose scan adds up the same numbers in another order.
-REORDERED = ("transform_channels", "transform_rank")
+REORDERED = ("transform_channels", "transform_rank", "more_states")
 each_cell = pytest.mark.parametrize(("name", "family"), CELLS)
 
 

@@ -1,28 +1,44 @@
-"""PARAM_TRANSFORM against a loop over tokens in float64, and what is said of settings that mean
-nothing."""
+"""Methods that change the scan of Mamba-1, PARAM_TRANSFORM and ADDITIONAL_SCAN: against a loop over
+tokens in float64, merged, and with settings that mean nothing."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peft_tiny import logits_of, prepare, relative_error, tokens, train_a_little
+from peft_tiny import (
+    logits_of,
+    make_batch,
+    prepare,
+    relative_error,
+    token_losses,
+    tokens,
+    train_a_little,
+)
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from ssm_train.errors import InputError
-from ssm_train.peft.merge import merge_adapter
+from ssm_train.optim import decays
+from ssm_train.peft.merge import merge_adapter, write_merged
 from ssm_train.peft.spec import load_peft
+from ssm_train.peft.tuner import own_layers
+
+
+def inject(prepared: Any, settings: dict[str, Any]) -> None:
+    spec = load_peft(settings)
+    assert spec is not None
+    spec.make().inject(prepared)
 
 
 def trained_mixer(family: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     """The model, and its first mixer, under a method whose values were moved."""
     prepared = prepare(family, seed=1)
-    spec = load_peft(settings)
-    assert spec is not None
-    spec.make().inject(prepared)
+    inject(prepared, settings)
     train_a_little(prepared.model)
     return prepared, prepared.model.get_base_model().backbone.layers[0].mixer
 
@@ -93,9 +109,7 @@ def test_b_and_c_are_scaled_and_shifted(parameters: list[str], settings: dict[st
 def test_a_random_start_changes_the_function() -> None:
     prepared, ids = prepare("mamba"), tokens(2, 19)
     before = logits_of(prepared.model, ids)
-    spec = load_peft({"peft_type": "PARAM_TRANSFORM", "scale_shape": "n", "init": "random"})
-    assert spec is not None
-    spec.make().inject(prepared)
+    inject(prepared, {"peft_type": "PARAM_TRANSFORM", "scale_shape": "n", "init": "random"})
     assert relative_error(logits_of(prepared.model, ids), before) > 1e-3
 
 
@@ -108,14 +122,75 @@ def test_what_no_row_of_x_proj_holds_is_not_merged(settings: dict[str, Any]) -> 
         merge_adapter(prepared.model, prepared.traits)
 
 
-def test_merging_can_be_undone() -> None:
-    prepared, _ = trained_mixer("mamba", {"peft_type": "PARAM_TRANSFORM", "scale_shape": "n"})
+# ---------------------------------------------------------------- ADDITIONAL_SCAN
+
+MORE_STATES = {"peft_type": "ADDITIONAL_SCAN", "num_states": 3}
+
+
+def test_one_scan_has_the_new_states_beside_the_old_ones() -> None:
+    _, mixer = trained_mixer("mamba", MORE_STATES)
+    hidden, added = hidden_states(), mixer.extra_states.values["default"]
+    with torch.no_grad():
+        x, z, dt, B, C = convolved(mixer, hidden)
+        B = torch.cat([B, x @ added["B"].double().T], -1)
+        C = torch.cat([C, x @ added["C"].double().T], -1)
+        A = -torch.cat([mixer.A_log, added["A_log"]], -1).double().exp()
+        expected = scan_by_the_paper(mixer, x, z, dt, A, B[:, None], C[:, None])
+        assert A.shape == (64, 11)
+        assert relative_error(mixer(hidden), expected) < 1e-5
+
+
+def test_new_states_start_as_slow_ones_that_nothing_reads() -> None:
+    prepared = prepare("mamba")
+    inject(prepared, MORE_STATES)
+    token_losses(prepared.model, make_batch()).loss.backward()
+    for layer in own_layers(prepared.model).values():
+        values = layer.values["default"]
+        A_log = layer.owner.A_log
+        assert torch.equal(values["A_log"], A_log[:, :1].expand(-1, 3))
+        assert (A_log >= A_log[:, :1]).all()
+        assert values["C"].grad.abs().max() > 0
+        assert values["B"].grad.abs().max() == values["A_log"].grad.abs().max() == 0
+
+
+def test_new_decays_have_no_weight_decay() -> None:
+    prepared = prepare("mamba")
+    inject(prepared, MORE_STATES)
+    decayed = {
+        name.rpartition(".")[2]: decays(name, parameter, prepared.traits.no_decay)
+        for name, parameter in prepared.model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert decayed == {"A_log": False, "B": True, "C": True}
+
+
+def test_merged_it_is_a_stock_mamba_with_more_states(tmp_path: Path) -> None:
+    prepared, _ = trained_mixer("mamba", MORE_STATES)
+    ids = tokens(2, 19)
+    expected = logits_of(prepared.model, ids)
+    merged = merge_adapter(prepared.model, prepared.traits)
+    write_merged(merged, tmp_path / "merged", base_id="someone/base")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(stock).__module__ == "transformers.models.mamba.modeling_mamba"
+    assert stock.config.state_size == 11
+    assert relative_error(logits_of(stock, ids), expected) < 1e-5
+
+
+# ---------------------------------------------------------------- both
+
+
+@pytest.mark.parametrize(
+    "settings", [{"peft_type": "PARAM_TRANSFORM", "scale_shape": "n"}, MORE_STATES], ids=str
+)
+def test_merging_can_be_undone(settings: dict[str, Any]) -> None:
+    prepared, _ = trained_mixer("mamba", settings)
     model, ids = prepared.model, tokens(2, 19)
     before = logits_of(model, ids)
     model.merge_adapter()
     assert relative_error(logits_of(model, ids), before) < 1e-5
     model.unmerge_adapter()
     assert relative_error(logits_of(model, ids), before) < 1e-5
+    assert model.config.state_size == 8
 
 
 # ---------------------------------------------------------------- what is refused
@@ -151,6 +226,8 @@ def test_merging_can_be_undone() -> None:
             {"peft_type": "PARAM_TRANSFORM", "scale_shape": "dn", "r": 2, "init": "random"},
             "init random has no meaning with r",
         ),
+        ({"peft_type": "ADDITIONAL_SCAN", "num_states": 0}, "peft: num_states is 0"),
+        ({"peft_type": "ADDITIONAL_SCAN", "r": 2}, "unknown key 'r' for peft_type ADDITIONAL_SCAN"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -167,10 +244,13 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
             {"peft_type": "PARAM_TRANSFORM", "scale_shape": "n"},
             "peft_type PARAM_TRANSFORM: mamba2 models have no input matrix to train",
         ),
+        (
+            "mamba2",
+            MORE_STATES,
+            "peft_type ADDITIONAL_SCAN: mamba2 models have no extra states to train",
+        ),
     ],
 )
 def test_what_does_not_go_together(family: str, settings: dict[str, Any], message: str) -> None:
-    spec = load_peft(settings)
-    assert spec is not None
     with pytest.raises(InputError, match=re.escape(message)):
-        spec.make().inject(prepare(family))
+        inject(prepare(family), settings)
