@@ -128,6 +128,8 @@ class GatedMLP(FlaGatedMLP):
 class GatedLinearAttention(fla_layer.GatedLinearAttention):
     kernels: KernelChoice = "auto"
     dtype_checked = False
+    sites = ("forgotten",)
+    """Names of its `common.Site` modules."""
 
     def forward(
         self,
@@ -170,7 +172,11 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
             k = k.masked_fill(~real[..., None], 0)
             g = g.masked_fill(~real[..., None], 0)
 
+        own = None  # [B, T, H, V]
+        if (forgotten := self.forgotten(None)) is not None:  # [H * K] key channels
+            k, own = self._forget(q, k, v, forgotten)
         o, state = self._recur(q, k, v, g, cached.get("recurrent_state"), caching, cu_seqlens)
+        o = o if own is None else o + own
         update_layer_cache(
             self,
             past_key_values,
@@ -179,6 +185,14 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
             offset=length,
         )
         return self.o_proj(self._gate_output(o, hidden_states)), None, past_key_values
+
+    def _forget(self, q: Tensor, k: Tensor, v: Tensor, forgotten: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys without the channels that have no memory, and what those contribute at their own
+        step, K ** -0.5 (q . k) v over them: a gate of minus infinity would do both, but overflow."""
+        mask = self._heads(forgotten, self.head_k_dim)  # [H, K]
+        mask = mask.repeat_interleave(self.num_kv_groups, dim=0)
+        weight = (q.float() * k.float() * mask).sum(-1, keepdim=True) * self.head_k_dim**-0.5
+        return k.masked_fill(mask, 0), (weight * v.float()).to(v.dtype)
 
     def _recur(
         self,
@@ -285,6 +299,7 @@ def adopt(model: Any, kernels: KernelChoice | None = None) -> GLAForCausalLM:
         if isinstance(module, GatedLinearAttention):
             gate = module.gk_proj[1]
             common.retype(getattr(gate, "base_layer", gate), {nn.Linear: common.Fp32BiasLinear})
+            common.add_sites(module, module.sites)
         if kernels is not None and type(module) in OURS.values() and hasattr(module, "kernels"):
             module.kernels = kernels
     return model

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssm_train.adapters.common import CausalConv1d
+from ssm_train.adapters.slices import cut_slices
 from ssm_train.errors import InputError, near
 from ssm_train.peft.tuner import DeltaLayer, OwnLayer, OwnTuner, bare_modules, zeros
 from ssm_train.settings import Settings
@@ -38,6 +39,7 @@ class BitFitModel(OwnTuner):
     settings_class = BitFitSettings
 
     def choose(self, settings: BitFitSettings, model: nn.Module) -> dict[str, type[OwnLayer]]:
+        cut_slices(model, lambda name: name.rpartition(".")[2] in (settings.target_modules or []))
         modules: dict[str, Any] = {
             name: module
             for name, module in bare_modules(model).items()

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 
+from ssm_train.adapters.slices import cut_slices
 from ssm_train.errors import InputError, near
 from ssm_train.peft.tuner import (
     DeltaLayer,
@@ -70,7 +71,9 @@ class LayerFreezeModel(OwnTuner):
     settings_class = LayerFreezeSettings
 
     def choose(self, settings: LayerFreezeSettings, model: nn.Module) -> dict[str, type[OwnLayer]]:
-        entries, modules = settings.trainable_layers, bare_modules(model)
+        entries = settings.trainable_layers
+        cut_slices(model, lambda name: name.rpartition(".")[2] in entries)
+        modules = bare_modules(model)
         parameters = {
             f"{place}.{name}": parameter
             for place, module in modules.items()

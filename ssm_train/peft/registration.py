@@ -19,9 +19,11 @@ from ssm_train.adapters.slices import cut_slices, join_slices
 from ssm_train.errors import InputError
 from ssm_train.peft.additional_scan import AdditionalScanModel
 from ssm_train.peft.bitfit import BitFitModel
+from ssm_train.peft.gla_sd_lora import GlaSdLoraModel
 from ssm_train.peft.initial_state import InitialStateModel
 from ssm_train.peft.layer_freeze import LayerFreezeModel
 from ssm_train.peft.param_transform import ParamTransformModel
+from ssm_train.peft.sd_lora import SdLoraModel
 from ssm_train.peft.state_offset import StateOffsetModel
 from ssm_train.peft.tuner import OwnConfig, make_config_class
 
@@ -86,6 +88,7 @@ CONFIGS: dict[str, type[OwnConfig]] = {
     for tuner in (
         *(LayerFreezeModel, BitFitModel, InitialStateModel, StateOffsetModel),
         *(ParamTransformModel, AdditionalScanModel),
+        *(SdLoraModel, GlaSdLoraModel),
     )
 }
 """peft_type -> PEFT configuration of our own methods."""

@@ -16,14 +16,20 @@ from ssm_train.adapters.base import PeftMethod
 from ssm_train.errors import InputError, near
 from ssm_train.peft.lora import LoraMethod, LoraSettings
 from ssm_train.peft.registration import CONFIGS
+from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.tuner import OwnMethod
 from ssm_train.settings import Settings
 from ssm_train.strict_yaml import read_document
 
 Method = tuple[type[Settings], Callable[[Any], PeftMethod]]
 
+TWO_STAGES = ("SD_LORA", "GLA_SD_LORA")
+
 METHODS: dict[str, Method] = {"LORA": (LoraSettings, LoraMethod)} | {
-    name: (config_class.tuner.settings_class, partial(OwnMethod, config_class))
+    name: (
+        config_class.tuner.settings_class,
+        partial(SdLoraMethod if name in TWO_STAGES else OwnMethod, config_class),
+    )
     for name, config_class in CONFIGS.items()
 }
 """peft_type -> the settings it takes, the method it is."""

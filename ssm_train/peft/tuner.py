@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ssm_train.adapters.base import Batch, Prepared, TokenLosses
+from ssm_train.adapters.slices import join_slices
 from ssm_train.errors import InputError
 from ssm_train.peft.lora import quiet_peft
 from ssm_train.settings import Settings
@@ -51,7 +52,12 @@ def make_config_class(tuner: type[OwnTuner]) -> type[OwnConfig]:
 
     def default_of(name: str) -> Any:
         info = tuner.settings_class.model_fields[name]
-        return field(default_factory=lambda: info.get_default(call_default_factory=True))
+
+        def make() -> Any:
+            value = info.get_default(call_default_factory=True)
+            return value.model_dump() if isinstance(value, Settings) else value
+
+        return field(default_factory=make)
 
     fields = [(name, Any, default_of(name)) for name in tuner.settings_class.model_fields]
     class_name = "".join(part.capitalize() for part in tuner.peft_name.split("_")) + "Config"
@@ -163,14 +169,18 @@ class DeltaLayer(OwnLayer):
     def forward(self, *inputs: Any, **options: Any) -> Any:
         moved: dict[str, Tensor] = {}
         for adapter in self.active():
-            for name, delta in self.values[adapter].items():
+            for name, delta in self.deltas(adapter).items():
                 moved[name] = move(moved.get(name, getattr(self.base_layer, name)), delta)
         if not moved:
             return self.base_layer(*inputs, **options)
         return functional_call(self.base_layer, moved, inputs, options)
 
+    def deltas(self, adapter: str) -> Values:
+        """Parameter of the module -> its delta: all values, unless a method has others too."""
+        return dict(self.values[adapter].items())
+
     def fold(self, adapter: str, sign: int) -> None:
-        for name, delta in self.values[adapter].items():
+        for name, delta in self.deltas(adapter).items():
             parameter = getattr(self.base_layer, name)
             moved = move(parameter, sign * delta)
             stored = delta.dtype if parameter is None else parameter.dtype
@@ -232,6 +242,11 @@ class OwnTuner(BaseTuner):
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         """At unloading: the module comes back as it is, or as `fold` left it."""
         setattr(parent, child_name, new_module)
+
+    def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **options)
+        join_slices(model)
+        return model
 
     def _check_merge_allowed(self) -> None:
         """Each layer says whether its values can be folded into weights."""
