@@ -129,11 +129,25 @@ def build_parser() -> argparse.ArgumentParser:
     merge_ = add(
         "merge",
         merge,
-        "Merge a run's adapter. Writes full weights that any transformers install loads.",
+        "Merge a run's adapter. Writes full weights that any transformers install loads, or\n"
+        "mamba_ssm, once it is shown that they compute the same.",
         "ssm-train merge output/benchmark/quickstart_seed42/mamba_lora --out merged/",
     )
     add_run_arguments(merge_)
     merge_.add_argument("--out", type=Path, required=True, help="directory for the weights")
+    merge_.add_argument(
+        "--format",
+        choices=("transformers", "mamba_ssm"),
+        default="transformers",
+        help="transformers (default), or mamba_ssm's own, for Mamba-1 and Mamba-2",
+    )
+    merge_.add_argument(
+        "--tolerance",
+        type=share,
+        default=1e-5,
+        metavar="X",
+        help="largest change of the logits, relative to their size (default: 1e-5)",
+    )
 
     plot_ = add(
         "plot",
@@ -199,6 +213,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, str]:
@@ -279,7 +303,14 @@ def merge(arguments: argparse.Namespace) -> int:
 
     from ssm_train.finished import merge_run
 
-    difference = merge_run(run_dir, out, checkpoint=arguments.checkpoint, device=arguments.device)
+    difference = merge_run(
+        run_dir,
+        out,
+        checkpoint=arguments.checkpoint,
+        device=arguments.device,
+        file_format=arguments.format,
+        tolerance=arguments.tolerance,
+    )
     print(f"merged weights are in {out}; logits differ by {difference:.1e} of their size")
     return DONE
 

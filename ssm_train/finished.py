@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssm_train import distributed, snapshot
 from ssm_train.adapters.base import ModelAdapter, Prepared
@@ -18,6 +18,9 @@ from ssm_train.errors import InputError
 from ssm_train.generate import generate_text
 from ssm_train.peft.spec import load_peft
 from ssm_train.record import MARKER, recorded_peft
+
+if TYPE_CHECKING:
+    from ssm_train.peft.merge import FileFormat
 
 
 def load_run(run_dir: str | Path, checkpoint: str = "best", device: str = "auto") -> Any:
@@ -126,14 +129,25 @@ def generate_from(
     )
 
 
-def merge_run(run_dir: Path, out: Path, *, checkpoint: str, device: str) -> float:
-    """Writes base plus adapter as full weights that any transformers install loads; returns how
-    far its logits are from base plus adapter, relative to their size."""
-    from ssm_train.peft.merge import merge_adapter, write_merged
+def merge_run(
+    run_dir: Path,
+    out: Path,
+    *,
+    checkpoint: str,
+    device: str,
+    file_format: FileFormat,
+    tolerance: float,
+) -> float:
+    """Writes base plus adapter as full weights that any transformers install loads, or mamba_ssm;
+    returns how far its logits are from base plus adapter, relative to their size."""
+    from ssm_train.peft.merge import check_format, merge_adapter, write_merged
 
     cfg, _, prepared, base = open_run(run_dir, checkpoint, device)
     if cfg.peft is None:
         raise InputError(f"{run_dir} is full fine-tuning; its full weights are in {run_dir}/model")
-    merged = merge_adapter(prepared.model, prepared.traits)
-    write_merged(merged, out, base_id=base or "", tokenizer=prepared.tokenizer)
+    check_format(prepared.model.config, file_format)
+    merged = merge_adapter(prepared.model, prepared.traits, tolerance=tolerance)
+    write_merged(
+        merged, out, base_id=base or "", tokenizer=prepared.tokenizer, file_format=file_format
+    )
     return merged.difference

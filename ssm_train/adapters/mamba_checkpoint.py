@@ -1,14 +1,17 @@
-"""Checkpoints that mamba_ssm itself wrote: read as the transformers model they are equal to."""
+"""mamba_ssm's own checkpoints: read as the transformers model they are equal to, and written from
+one, for its `MambaLMHeadModel.from_pretrained`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -44,7 +47,7 @@ MAMBA2 = SHARED | {
     "A_init_range": None,
 }
 # Where mamba_ssm's defaults differ from transformers'.
-MAMBA2_DEFAULTS = {"state_size": 128, "head_dim": 64, "n_groups": 1}
+MAMBA2_DEFAULTS: dict[str, Any] = {"state_size": 128, "head_dim": 64, "n_groups": 1}
 # Features with no equal in transformers' model: (in ssm_cfg, key, the only value that maps).
 UNMAPPED: tuple[tuple[bool, str, tuple[Any, ...]], ...] = (
     (False, "attn_layer_idx", ([], None)),
@@ -55,6 +58,11 @@ UNMAPPED: tuple[tuple[bool, str, tuple[Any, ...]], ...] = (
     (True, "norm_before_gate", (False,)),
     (True, "d_ssm", (None,)),
 )
+# What mamba_ssm computes whatever its config.json says: transformers' key -> values that mean it.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "layer_norm_epsilon": (1e-5,),
+    "hidden_act": ("silu", "swish"),
+}
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
@@ -107,6 +115,51 @@ def map_config(config: Mapping[str, Any]) -> Any:
     return loading.make_config(MambaConfig if first else Mamba2Config, values, "model: config.json")
 
 
+def unmap_config(config: Any) -> dict[str, Any]:
+    """MambaConfig or Mamba2Config -> mamba_ssm's config.json: the inverse of `map_config`.
+
+    Raises InputError for another family, and for a value that mamba_ssm's model cannot have.
+    """
+    if config.model_type not in ("mamba", "mamba2"):
+        raise InputError(
+            f"format mamba_ssm: it holds Mamba-1 and Mamba-2, and this model is "
+            f"{config.model_type}; use the format transformers"
+        )
+    for key, values in FIXED.items():
+        if (value := getattr(config, key)) not in values:
+            raise InputError(
+                f"format mamba_ssm: {key} is {value!r}, and mamba_ssm computes with {values[0]!r} "
+                "always; use the format transformers"
+            )
+    first = config.model_type == "mamba"
+    names, default = (
+        (MAMBA1, MambaConfig(hidden_size=config.hidden_size))
+        if first
+        else (MAMBA2, Mamba2Config(**MAMBA2_DEFAULTS))
+    )
+    differing = {
+        key: value
+        for key, name in names.items()
+        if name is not None
+        if _as_json(value := getattr(config, name)) != _as_json(getattr(default, name))
+    }
+    return {
+        "d_model": config.hidden_size,
+        "n_layer": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": ({} if first else {"layer": "Mamba2"}) | differing,
+        "rms_norm": True,
+        "residual_in_fp32": config.residual_in_fp32,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 1,  # vocab_size counts the rows that are there
+        "tie_embeddings": config.tie_word_embeddings,
+    }
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def map_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """mamba_ssm's tensor names -> transformers'."""
     prefix = "backbone.embedding."
@@ -144,17 +197,52 @@ def load(spec: ModelSpec) -> MambaForCausalLM | Mamba2ForCausalLM:
     return model.eval()
 
 
+def write(model: Any, directory: Path) -> None:
+    """A Mamba of transformers' or of ours -> the files that mamba_ssm loads.
+
+    It takes `pytorch_model.bin` and no other: a pickle, here of tensors alone, so that
+    `torch.load(..., weights_only=True)` reads it. `model.safetensors` beside it holds the same.
+    Raises InputError as `unmap_config`, RuntimeError if a file does not hold the weights.
+    """
+    config = unmap_config(model.config)
+    weights = {
+        name.replace("backbone.embeddings.", "backbone.embedding."): tensor.cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    # safetensors takes no tensor twice; the reader ties the head again.
+    left_out = {"lm_head.weight"} if config["tie_embeddings"] else set()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    torch.save(weights, directory / "pytorch_model.bin")
+    save_file(
+        {name: tensor for name, tensor in weights.items() if name not in left_out},
+        directory / "model.safetensors",
+    )
+    for file in loading.WEIGHT_FILES:
+        held = read_file(directory / file)
+        wrong = [
+            name
+            for name in held.keys() | (weights.keys() - left_out)
+            if name not in held or not torch.equal(held[name], weights[name])
+        ]
+        if wrong:
+            raise RuntimeError(f"{directory / file}: {wrong[0]} is not what the model holds")
+
+
 def read_weights(model: str, revision: str | None) -> dict[str, Tensor]:
     """The tensors of model.safetensors or pytorch_model.bin; nothing else is unpickled."""
     for file in loading.WEIGHT_FILES:
         path = loading.fetch(model, file, revision)
-        if path is None:
-            continue
-        try:
-            if path.suffix == ".safetensors":
-                return load_file(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
-            reason = str(error).split("\n")[0]
-            raise InputError(f"model: {path} cannot be read as weights: {reason}") from error
+        if path is not None:
+            return read_file(path)
     raise InputError(f"model: {model} has none of the files {', '.join(loading.WEIGHT_FILES)}")
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"model: {path} cannot be read as weights: {reason}") from error

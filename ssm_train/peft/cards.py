@@ -53,16 +53,28 @@ model = PeftModel.from_pretrained(model, "path/of/this/directory")
 
 MERGED = """\
 ---
-{base}library_name: transformers
+{base}library_name: {library}
 tags:
 - ssm_train
 ---
 # {name} with an adapter merged
-Full weights in {dtype}, in the format of the base model: any install that loads the base loads
-these, without PEFT and without ssm_train. Over {tokens} probe tokens the logits differ from those
-of base plus adapter by {difference:.1e} of their size (root mean square).
+Full weights in {dtype}, {loads}.
+Over {tokens} probe tokens the logits differ from those of base plus adapter by {difference:.1e} of
+their size (root mean square).
 {note}
 """
+
+# File format -> the hub's name of its library, and what loads it.
+FORMATS = {
+    "transformers": (
+        "transformers",
+        "in the format of transformers: what loads the base loads them, without ssm_train",
+    ),
+    "mamba_ssm": (
+        "mamba-ssm",
+        "in the format of mamba_ssm, for its `MambaLMHeadModel.from_pretrained`",
+    ),
+}
 
 MERGED_NOTE = """
 The adapter itself sits on modules that PEFT alone refuses on the stock model or loads without
@@ -113,10 +125,15 @@ def import_lines(model: nn.Module, ssm_train: bool) -> str:
     return "\n".join(lines)
 
 
-def merged_card(base_id: str, difference: float, tokens: int, dtype: str, ssm_lora: bool) -> str:
+def merged_card(
+    base_id: str, difference: float, tokens: int, dtype: str, ssm_lora: bool, file_format: str
+) -> str:
     """Model card of merged weights."""
     name = one_line(base_id)
+    library, loads = FORMATS[file_format]
     return MERGED.format(
+        library=library,
+        loads=loads,
         base=base_line(name),
         name=name,
         dtype=dtype,

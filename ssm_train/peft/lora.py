@@ -225,9 +225,11 @@ class LoraMethod:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without the warning that PEFT asks transformers for a property under its old name."""
+    """Without two warnings of PEFT's: that it asks transformers for a property under its old name,
+    and that a tied head may be exported or merged wrongly, which ours is not."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         yield
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ssm_train.adapters.base import Traits
-from ssm_train.adapters.loading import save_model
+from ssm_train.adapters import mamba_checkpoint
+from ssm_train.adapters.base import ModelSpec, Traits
+from ssm_train.adapters.loading import load_weights, save_model
+from ssm_train.adapters.registry import adopt
 from ssm_train.errors import InputError
 from ssm_train.peft.cards import merged_card
 from ssm_train.peft.export import needs_ssm_lora
 from ssm_train.peft.lora import lora_layers
 
 PROBE_SHAPE = (2, 67)
+FileFormat = Literal["transformers", "mamba_ssm"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Merged:
     model: nn.Module
     difference: float
     """Root mean square of the logits' change, relative to that of the logits."""
-    num_probe_tokens: int
+    probe: Tensor
+    """The token ids [B, T] of those logits."""
     ssm_lora: bool
     """Whether the adapter would be refused or dead through PEFT alone."""
 
@@ -54,34 +59,60 @@ def merge_adapter(
     before = _logits(model, probe)
     _untie(model)
     try:
-        merged = peft_model.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():  # the head is untied, and PEFT notes it in the config
+            warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+            warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
+            merged = peft_model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT's check that merged weights are finite
         raise InputError(f"the adapter cannot be merged: {error}") from error
-    after = _logits(merged, probe)
-    difference = ((after - before).norm() / before.norm()).item()
+    difference = _difference(_logits(merged, probe), before)
     if not difference <= tolerance:  # also when it is not a number
         raise InputError(
             f"the merged model's logits differ by {difference:.1e} of their size, more than the "
             f"tolerance {tolerance:.1e}; raise it only if that is small enough for you"
         )
-    return Merged(merged, difference, probe.numel(), ssm_lora)
+    return Merged(merged, difference, probe, ssm_lora)
+
+
+def check_format(config: Any, file_format: FileFormat) -> None:
+    """Raises InputError for a model that the format cannot hold, from its configuration alone."""
+    if file_format == "mamba_ssm":
+        mamba_checkpoint.unmap_config(config)
 
 
 def write_merged(
-    merged: Merged, directory: str | Path, *, base_id: str, tokenizer: Any = None
+    merged: Merged,
+    directory: str | Path,
+    *,
+    base_id: str,
+    tokenizer: Any = None,
+    file_format: FileFormat = "transformers",
 ) -> Path:
-    """Writes full weights in transformers format (stock class names), the tokenizer and a card.
+    """Writes full weights, the tokenizer and a card; the model is on the CPU afterwards.
 
-    Reopens the files; raises RuntimeError if they do not hold the model.
+    `file_format`: transformers (stock class names), or mamba_ssm for Mamba-1 and 2. Raises
+    InputError, and writes nothing, for weights that the format has no place for. Reopens the files;
+    raises RuntimeError if they do not hold the model.
     """
     directory = Path(directory)
-    model: Any = merged.model
-    save_model(model, directory)
+    model: Any = merged.model.cpu()
+    check_format(model.config, file_format)
+    _check_places(model)
+    if file_format == "mamba_ssm":
+        mamba_checkpoint.write(model, directory)
+    else:
+        save_model(model, directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    _verify(model, directory)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    card = merged_card(base_id, merged.difference, merged.num_probe_tokens, dtype, merged.ssm_lora)
+    _verify(model, directory, file_format, merged.probe.cpu())
+    card = merged_card(
+        base_id,
+        merged.difference,
+        merged.probe.numel(),
+        str(next(model.parameters()).dtype).removeprefix("torch."),
+        merged.ssm_lora,
+        file_format,
+    )
     (directory / "README.md").write_text(card)
     return directory
 
@@ -108,21 +139,38 @@ def _logits(model: nn.Module, probe: Tensor) -> Tensor:
     return model(input_ids=probe, use_cache=False).logits.float()
 
 
-def _verify(model: nn.Module, directory: Path) -> None:
-    from safetensors.torch import load_file
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    return ((logits - expected).norm() / expected.norm()).item()
 
-    written: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("model*.safetensors")):
-        written |= load_file(file)
-    state = model.state_dict()
-    for name, tensor in written.items():
-        if name not in state or not torch.equal(tensor, state[name].cpu()):
+
+def _library_class(model: nn.Module) -> Any:
+    """The class of the library that knows nothing of us; ours has its name."""
+    return next(c for c in type(model).__mro__ if not c.__module__.startswith("ssm_train."))
+
+
+def _check_places(model: Any) -> None:
+    """A weight that the library's model does not have would be left out at loading, unnoticed."""
+    with torch.device("meta"):
+        stock = _library_class(model)(model.config)
+    if extra := sorted(model.state_dict().keys() - stock.state_dict().keys()):
+        raise InputError(
+            f"the merged weights cannot be written: {type(stock).__name__} has no place for "
+            f"{extra[0]}{f' and {len(extra) - 1} more' * (len(extra) > 1)}; keep the adapter"
+        )
+
+
+def _verify(model: Any, directory: Path, file_format: FileFormat, probe: Tensor) -> None:
+    """The files hold every tensor and the function, read as their users' libraries read them."""
+    spec = ModelSpec(model=str(directory))
+    if file_format == "mamba_ssm":
+        written = mamba_checkpoint.load(spec)
+    else:
+        written = load_weights(_library_class(model), spec)
+    held = model.state_dict()
+    for name, tensor in written.state_dict().items():
+        if not torch.equal(tensor, held[name]):
             raise RuntimeError(f"{directory}: {name} is not what the merged model holds")
-    stored = {id_of(state[name]) for name in written}
-    if missing := [name for name, tensor in state.items() if id_of(tensor) not in stored]:
-        raise RuntimeError(f"{directory}: {missing[0]} was not written")
-
-
-def id_of(tensor: Tensor) -> tuple[int, torch.Size]:
-    """Tied tensors are one storage."""
-    return tensor.data_ptr(), tensor.shape
+    adopt(written)
+    difference = _difference(_logits(written, probe), _logits(model, probe))
+    if not difference <= 1e-6:  # the same weights: what is left is the configuration
+        raise RuntimeError(f"{directory}: the files' logits differ by {difference:.1e}")
