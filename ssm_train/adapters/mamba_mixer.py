@@ -33,6 +33,7 @@ class CachedMixer:
     extra_states: common.Site
     initial_window: common.Site
     initial_state: common.Site
+    initial_context: common.Site
     offset: common.Site
     dtype_checked = False
     fast = False
@@ -43,19 +44,33 @@ class CachedMixer:
             common.check_fp32(self, self.fp32_names)
             self.dtype_checked = True
 
+    def _find_context(self: Any, hidden: Tensor, cache: Any) -> tuple[Tensor | None, Tensor | None]:
+        """What comes before the first token of the mixer's input [B, T, H]: the window of the
+        convolution [B, d, W - 1] and the state, from the cache if it has them, else the initial
+        ones of one row for all; None: zeros. To be called before the convolution fills its cache.
+        """
+        if cache is not None and cache.has_previous_state(self.layer_idx):
+            past = cache.layers[self.layer_idx]
+            inputs = past.conv_states[0]  # [B, d, >= W - 1]
+            before = self.conv1d.kernel_size[0] - 1
+            return inputs[..., inputs.shape[-1] - before :], past.recurrent_states[0]
+        return self.initial_context((self.initial_window(None), self.initial_state(None)), hidden)
+
     def _convolve(
-        self: Any, x: Tensor, real: Tensor | None, cache: Any, cu_seqlens: Tensor | None
+        self: Any,
+        x: Tensor,
+        real: Tensor | None,
+        cache: Any,
+        cu_seqlens: Tensor | None,
+        window: Tensor | None = None,
     ) -> Tensor:
-        """Convolution and activation of x [B, T, d], after the cached inputs if there are any,
-        else after the initial window."""
+        """Convolution and activation of x [B, T, d] after the window, cached or initial."""
         if real is not None:
             x = x.masked_fill(~real, 0)
         width = self.conv1d.kernel_size[0]
         inputs = x  # what the cache takes
-        if cache is not None and cache.has_previous_state(self.layer_idx):
-            past = cache.layers[self.layer_idx].conv_states[0]  # [B, d, >= W]
-            window = past[..., past.shape[-1] - width + 1 :]
-        elif (window := self.initial_window(None)) is not None:  # [1, d, W - 1]
+        cached = cache is not None and cache.has_previous_state(self.layer_idx)
+        if window is not None and not cached:
             if real is not None:
                 window, x = lay_window(window, x, real)
             inputs = torch.cat([window.mT.to(x.dtype).expand(len(x), -1, -1), x], 1)
@@ -65,18 +80,12 @@ class CachedMixer:
             cache.update_conv_state(inputs.mT, self.layer_idx, conv_kernel_size=width)
         return y if fused else self.act(y)
 
-    def _past_state(self: Any, cache: Any) -> Tensor | None:
-        """The cached state, else the initial one."""
-        if cache is not None and cache.has_previous_state(self.layer_idx):
-            return cache.layers[self.layer_idx].recurrent_states[0]
-        return self.initial_state(None)
-
 
 class MambaMixer(CachedMixer, stock1.MambaMixer):
     fp32_names = ("A_log", "D", "dt_proj.bias")
     sites = (
         *("log_decay", "skip", "input_matrix", "output_matrix", "extra_states"),
-        *("initial_window", "initial_state", "offset"),
+        *("initial_window", "initial_state", "initial_context", "offset"),
     )
 
     @property
@@ -98,9 +107,9 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
     ) -> Tensor:
         self._check_dtype()
         real = real_positions(hidden_states, attention_mask)
-        past = self._past_state(cache_params)  # before the convolution fills its cache
+        window, past = self._find_context(hidden_states, cache_params)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # [B, T, d]
-        x = self._convolve(x, real, cache_params, cu_seqlens)
+        x = self._convolve(x, real, cache_params, cu_seqlens, window)
         dt, B, C = self.x_proj(x).split(
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
         )
@@ -130,7 +139,10 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
 
 class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
     fp32_names = ("A_log", "D", "dt_bias")
-    sites = ("log_decay", "skip", "step_bias", "initial_window", "initial_state")
+    sites = (
+        *("log_decay", "skip", "step_bias"),
+        *("initial_window", "initial_state", "initial_context"),
+    )
 
     @property
     def slices(self) -> dict[str, dict[str, int]]:
@@ -152,8 +164,8 @@ class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
         z, xBC, dt = self.in_proj(hidden_states).split(
             [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
         )
-        past = self._past_state(cache_params)  # before the convolution fills its cache
-        xBC = self._convolve(xBC, real, cache_params, cu_seqlens)
+        window, past = self._find_context(hidden_states, cache_params)
+        xBC = self._convolve(xBC, real, cache_params, cu_seqlens, window)
         groups = self.n_groups * self.ssm_state_size
         x, B, C = xBC.split([self.intermediate_size, groups, groups], dim=-1)
         # The bias promotes dt to fp32 before the softplus.

@@ -52,13 +52,8 @@ class InitialStateLayer(SiteLayer):
 
     def create(self, settings: InitialStateSettings) -> dict[str, Tensor]:
         assert settings.scan is not None
-        mixer = self.owner
-        shape = (
-            (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
-            if mixer.A_log.ndim == 1
-            else tuple(mixer.A_log.shape)
-        )
-        return {"state": start(settings.scan.init, (1, *shape), mixer.A_log)}
+        shape = (1, *state_shape(self.owner))
+        return {"state": start(settings.scan.init, shape, self.owner.A_log)}
 
     def change(self, adapter: str, value: Any, *context: Tensor) -> Tensor:
         state = self.values[adapter]["state"]
@@ -71,13 +66,24 @@ class InitialWindowLayer(SiteLayer):
     prefix = InitialStateLayer.prefix
 
     def create(self, settings: InitialStateSettings) -> dict[str, Tensor]:
-        conv = self.owner.conv1d
-        shape = (1, conv.in_channels, conv.kernel_size[0] - 1)
-        return {"window": start(settings.conv_init_state_init, shape, conv.weight)}
+        shape = (1, *window_shape(self.owner))
+        return {"window": start(settings.conv_init_state_init, shape, self.owner.A_log)}
 
     def change(self, adapter: str, value: Any, *context: Tensor) -> Tensor:
         window = self.values[adapter]["window"]
         return window if value is None else value + window
+
+
+def state_shape(mixer: Any) -> tuple[int, ...]:
+    """Of one row: [d, n] of Mamba-1, [heads, head size, n] of Mamba-2."""
+    if mixer.A_log.ndim == 1:
+        return (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
+    return tuple(mixer.A_log.shape)
+
+
+def window_shape(mixer: Any) -> tuple[int, int]:
+    """Of one row: [channels, W - 1] inputs of the convolution before the first."""
+    return mixer.conv1d.in_channels, mixer.conv1d.kernel_size[0] - 1
 
 
 def start(init: Init, shape: tuple[int, ...], like: Tensor) -> Tensor:

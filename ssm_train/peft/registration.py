@@ -18,6 +18,7 @@ from torch import nn
 from ssm_train.adapters.slices import cut_slices, join_slices
 from ssm_train.errors import InputError
 from ssm_train.peft.additional_scan import AdditionalScanModel
+from ssm_train.peft.affix_tuning import AffixTuningModel
 from ssm_train.peft.bitfit import BitFitModel
 from ssm_train.peft.gla_sd_lora import GlaSdLoraModel
 from ssm_train.peft.initial_state import InitialStateModel
@@ -87,7 +88,7 @@ CONFIGS: dict[str, type[OwnConfig]] = {
     tuner.peft_name: make_config_class(tuner)
     for tuner in (
         *(LayerFreezeModel, BitFitModel, InitialStateModel, StateOffsetModel),
-        *(ParamTransformModel, AdditionalScanModel),
+        *(ParamTransformModel, AdditionalScanModel, AffixTuningModel),
         *(SdLoraModel, GlaSdLoraModel),
     )
 }

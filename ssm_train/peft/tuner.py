@@ -201,6 +201,8 @@ class OwnTuner(BaseTuner):
 
     peft_name: ClassVar[str]
     settings_class: ClassVar[type[Settings]]
+    changes_function: ClassVar[str] = ""
+    """Why the function at step 0 is not the base model's, where the method cannot begin there."""
     tuner_layer_cls = OwnLayer
     target_module_mapping: dict[str, list[str]] = {}
 

@@ -65,6 +65,7 @@ RESUMED = {
         "mamba",
         {"peft": {"peft_type": "SSMPEFT", "scan": {"type": "init_state"}, "conv_init_state": True}},
     ),
+    "mamba_affix": ("mamba", {"peft": {"peft_type": "AFFIX_TUNING", "num_virtual_tokens": 2}}),
     "gla_bitfit": ("gla", {"peft": {"peft_type": "BITFIT", "target_modules": ["o_proj"]}}),
     "gla_full": ("gla", {"gradient_accumulation_steps": 2}),
     "mamba2_packed": ("mamba2", {"packing": True, "batch_size": None, "tokens_per_batch": 64}),

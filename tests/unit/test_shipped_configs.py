@@ -160,6 +160,7 @@ OWN = {
     "cfg/peft/state_offset/state_offset_r4.json": ("mamba", 1),
     "cfg/peft/state_offset/output.json": ("mamba", 1),
     "cfg/peft/additional_scan/states_6.json": ("mamba", 1),
+    "cfg/peft/affix_tuning/affix_1.json": ("mamba", 1),
     "cfg/peft/param_transform/scale_n.json": ("mamba", 2),
     "cfg/peft/param_transform/scale_bias_dn_r4.json": ("mamba", 2),
 }
