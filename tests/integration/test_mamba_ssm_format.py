@@ -1,5 +1,5 @@
-"""mamba_ssm's format, written: names and shapes of its own classes, its config.json, and what is found
-when a file came out wrong."""
+"""mamba_ssm's format, written: names and shapes of its own classes, its config.json, and files that
+came out wrong."""
 
 from __future__ import annotations
 
