@@ -1,5 +1,5 @@
-"""Inits that change the base start from rank 0's result on every rank, whatever others found: an SVD
-may differ between machines in its signs and its last digits."""
+"""Inits that change the base start from rank 0's result on every rank, whatever others found: the
+signs and last digits of an SVD may differ between machines."""
 
 from __future__ import annotations
 
