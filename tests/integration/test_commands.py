@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tiny_runs import LORA, PISSA, metrics, train, write_config
 
 import ssm_train
+from ssm_train.adapters.base import ModelSpec
+from ssm_train.adapters.registry import resolve
 from ssm_train.cli import BAD_INPUT, DONE, main
 from ssm_train.config import load_config
 
@@ -204,6 +206,43 @@ def test_exported_weights_in_a_fresh_process(finished, tmp_path, capsys):
         torch.testing.assert_close(values, expected[name], atol=1e-5, rtol=1e-5, msg=name)
     base_logits = logits["mamba_full"]
     assert (logits["mamba_lora"] - base_logits).abs().max() > 1e-3  # there is something to compare
+
+
+def test_merge_writes_the_original_format_of_mamba_ssm(finished, tmp_path, capsys):
+    """A base for other runs, like one that mamba_ssm wrote."""
+    ids = torch.randint(3, 12, (2, 17), generator=torch.Generator().manual_seed(1))
+    run, out = run_dir(finished, "mamba_pissa"), tmp_path / "original"
+    command = ["merge", str(run), "--out", str(out), "--format", "mamba_ssm"]
+    assert main(command) == DONE
+    said = capsys.readouterr().out
+    difference = float(said.split("differ by ")[1].split()[0])
+    assert 0 <= difference < 1e-5 and f"{difference:.1e} of" in (out / "README.md").read_text()
+    assert json.loads((out / "config.json").read_text())["ssm_cfg"] == {"d_state": 4, "dt_rank": 4}
+    spec = ModelSpec(model=str(out))
+    adapter, reason = resolve(spec)
+    assert "mamba_ssm's own" in reason
+    expected, _ = ssm_train.load_run(run)
+    with torch.no_grad():
+        logits = adapter.prepare(spec).model(input_ids=ids).logits
+        torch.testing.assert_close(logits, expected(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_refused_merge_writes_nothing(finished, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "merged"
+    command = ["merge", str(run_dir(finished, "mamba_lora")), "--out", str(out)]
+    assert main([*command, "--tolerance", "0"]) == BAD_INPUT
+    assert "more than the tolerance 0.0e+00" in capsys.readouterr().err
+    assert main([*command, "--tolerance", "2"]) == BAD_INPUT
+    assert "--tolerance: '2' is not a number from 0 to 1" in capsys.readouterr().err
+    assert main([*command, "--format", "gguf"]) == BAD_INPUT
+    assert "'gguf'" in capsys.readouterr().err
+    monkeypatch.setattr("ssm_train.peft.merge.merge_adapter", None)  # not reached
+    command = ["merge", str(run_dir(finished, "gla_lora")), "--out", str(out)]
+    assert main([*command, "--format", "mamba_ssm"]) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "this model is gla; use the format transformers" in error
+    assert not out.exists()
 
 
 def test_what_a_run_does_not_have_is_said(finished, tmp_path, capsys):
