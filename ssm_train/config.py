@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from ssm_train.adapters.base import ModelSettings
+from ssm_train.adapters.base import GLA_NAMES, ModelSettings
 from ssm_train.checkpoint import CheckpointSettings
 from ssm_train.data import DataSettings
 from ssm_train.errors import InputError, near
@@ -36,7 +36,6 @@ from ssm_train.strict_yaml import Document, dump, read_document
 # Mamba's, or GLA's where the targets are modules of GLA.
 MAMBA_RUN = {"model": "state-spaces/mamba-130m", "data": "glue-tvt_cola"}
 GLA_RUN = {"model": "fla-hub/gla-1.3B-100B", "data": "glue-tvt_cola"}
-GLA_MODULES = r"\b(attn|mlp|[qkvog]_proj|gk_proj)\b"
 
 
 class PeftOverrides(Settings):
@@ -193,8 +192,8 @@ def read_peft_overrides(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def default_run(peft: Document, path: Path) -> Document:
     """The run of a PEFT JSON that is given as a config."""
-    named = [peft.values.get(key) for key in ("target_modules", "trainable_layers")]
-    gla = re.search(GLA_MODULES, str(named))
+    named = [peft.values.get(k) for k in ("peft_type", "target_modules", "trainable_layers")]
+    gla = re.search(GLA_NAMES, str(named))
     name, run = ("GLA", GLA_RUN) if gla else ("Mamba", MAMBA_RUN)
     return Document(f"default {name} run", {**run, "peft": str(path)}, {})
 

@@ -57,6 +57,7 @@ class Schedule:
     """Optimizer steps: how many, and every how many something happens."""
 
     total_steps: int
+    decay_steps: int  # after which the learning rate ends: the run's, in a shorter stage too
     steps_per_epoch: int
     logging_steps: int
     eval_steps: int
@@ -67,8 +68,10 @@ def plan_schedule(settings: LoopSettings, steps_per_epoch: int) -> Schedule:
     """Turns epochs into optimizer steps; nothing is ever less than one step."""
     every_epochs = max(1, int(settings.eval_epochs * steps_per_epoch))
     eval_steps = settings.eval_steps or every_epochs
+    total_steps = settings.max_steps or max(1, int(settings.num_epochs * steps_per_epoch))
     return Schedule(
-        total_steps=settings.max_steps or max(1, int(settings.num_epochs * steps_per_epoch)),
+        total_steps=total_steps,
+        decay_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         logging_steps=settings.logging_steps or min(50, steps_per_epoch),
         eval_steps=eval_steps,
@@ -149,7 +152,7 @@ def train(run: Training, state: TrainState) -> Outcome:
                     "epoch": step / schedule.steps_per_epoch,
                     "loss": status.loss,
                     "grad_norm": status.grad_norm,
-                    "learning_rate": lr_at(step - 1, schedule.total_steps, run.optim),
+                    "learning_rate": lr_at(step - 1, schedule.decay_steps, run.optim),
                     "tokens": state.tokens,
                     "seconds": now - clock,
                     "skipped_steps": state.skipped_steps,
@@ -207,7 +210,7 @@ def train_step(run: Training, step: int) -> Report:
     device = run.accelerator.device
     batches = [batch.to(device) for batch in run.micro_batches(step)]
     for group in run.optimizer.param_groups:
-        group["lr"] = group["lr_scale"] * lr_at(step, run.schedule.total_steps, run.optim)
+        group["lr"] = group["lr_scale"] * lr_at(step, run.schedule.decay_steps, run.optim)
 
     counts = on_device(
         device, sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)

@@ -79,10 +79,10 @@ def lr_at(step: int, total_steps: int, settings: OptimSettings) -> float:
 
 
 def decays(name: str, parameter: torch.Tensor, no_decay: Iterable[str]) -> bool:
-    """Whether weight decay applies: matrices only, and none of the names in `no_decay`."""
+    """Whether weight decay applies: matrices only, and none whose name has a part of `no_decay`."""
     if parameter.ndim < 2:
         return False
-    return not any(f".{name}.".endswith(f".{suffix}.") for suffix in no_decay)
+    return not any(f".{part}." in f".{name}." for part in no_decay)
 
 
 LrScale = Callable[[str], float]

@@ -1,13 +1,17 @@
-"""Curves of one run or several as one PNG: the loss, and one panel per metric."""
+"""Curves of one run or several as one PNG, the loss and one panel per metric; and the dimensions
+that a warm-up chose."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssm_train.errors import InputError
 from ssm_train.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from ssm_train.peft.dimensions import Selection
 
 NOT_METRICS = {
     *("split", "step", "epoch", "loss", "perplexity", "tokens", "seconds", "examples"),
@@ -45,6 +49,37 @@ def plot_metrics(run_dirs: Sequence[str | Path], out_png: str | Path) -> Path:
     out_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png, dpi=130)
     return out_png
+
+
+def plot_selection(selection: Selection, out_png: str | Path) -> Path:
+    """Draws the dimensions that a warm-up chose, layers x channels: how far each channel moved,
+    relative to its layer's farthest, and whether it trains, is frozen or is zeroed."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    choices = list(selection.layers.values())
+    score = np.stack([c.score.cpu().double().sqrt().numpy() for c in choices])  # [layers, d]
+    fate = np.zeros(score.shape)
+    for row, choice in zip(fate, choices, strict=True):
+        row[choice.channels.cpu().numpy()] = 1
+        row[choice.zeroed.cpu().numpy()] = -1
+    figure = Figure(figsize=(10, 2.4 + 0.14 * len(choices)), layout="constrained")
+    FigureCanvasAgg(figure)
+    moved, chosen = figure.subplots(2, 1, sharex=True)
+    options: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
+    image = moved.imshow(score / score.max(1, keepdims=True), vmin=0, vmax=1, **options)
+    figure.colorbar(image, ax=moved, label="moved")
+    colours = ListedColormap(["#1f1f1f", "#d9d9d9", "#d95f02"])
+    image = chosen.imshow(fate, vmin=-1.5, vmax=1.5, cmap=colours, **options)
+    bar = figure.colorbar(image, ax=chosen, ticks=[-1, 0, 1])
+    bar.set_ticklabels(["zeroed", "frozen", "trained"])
+    for panel in (moved, chosen):
+        panel.set_ylabel("layer")
+    chosen.set_xlabel("channel")
+    figure.savefig(out_png, dpi=130)
+    return Path(out_png)
 
 
 Runs = dict[str, list[dict[str, Any]]]

@@ -24,6 +24,7 @@ class RunCheckpoints:
     scaler: Any  # of fp16, or None
     method: PeftMethod | None
     global_batch: int  # examples (packed: rows) in an optimizer step of all processes
+    stage: str = "train"  # of the method's
 
     def save(self, state: TrainState) -> None:
         """All ranks. Writes a checkpoint, points at the best one, removes old ones."""
@@ -39,6 +40,7 @@ class RunCheckpoints:
             },
             {
                 "train": asdict(state),
+                "stage": self.stage,
                 "global_batch": self.global_batch,
                 "scaler": self.scaler.state_dict() if self.scaler else None,
             },
@@ -56,6 +58,7 @@ class RunCheckpoints:
 
     def restore(self, found: checkpoint.Checkpoint) -> TrainState:
         """All ranks. Parameters, optimizer and random states as they were."""
+        assert found.state.get("stage", "train") == self.stage, (found.state, self.stage)
         self._load_weights(found)
         snapshot.load_optimizer_tensors(
             self.optimizer, found.tensors["optimizer"], self.model.named_parameters()

@@ -20,12 +20,14 @@ class RunLog:
         run_dir: Path,
         bar: Progress,
         *,
+        name: str,
         trackers: list[str],
         config: Mapping[str, Any],
         step: int,
         tokens: int,
     ) -> None:
-        """`step` and `tokens`: where a resumed run goes on, else 0."""
+        """`name`: of the run, for trackers. `step` and `tokens`: where a resumed run goes on, else
+        0."""
         self.run_dir, self.bar = run_dir, bar
         self.rate = TokenRate(tokens)
         self.rates: list[float] = []  # tokens/s of every log interval
@@ -38,7 +40,7 @@ class RunLog:
             for row in self.file.kept:
                 if row["step"] == 0:
                     self.before = read_values(row)
-            self.trackers = Trackers(trackers, run_dir, run_dir.name, config)
+            self.trackers = Trackers(trackers, run_dir, name, config)
 
     def trained(self, row: dict[str, float]) -> None:
         """A row of the loop."""

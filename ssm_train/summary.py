@@ -17,6 +17,8 @@ from ssm_train.loop import Outcome
 from ssm_train.plot import plot_metrics
 from ssm_train.record import RESULT, replace_directory
 
+WARMUP = "warmup"  # a method's first stage, and the directory of a run that has what it wrote
+
 
 @dataclass
 class Result:
@@ -36,6 +38,12 @@ class Result:
     rates: list[float] = field(default_factory=list)  # tokens/s of the log intervals
     rows: list[Row] = field(default_factory=list)  # predictions, on test where there is one
     exported: Path | None = None
+    stage: str = "train"  # the one that it ended in
+
+    @property
+    def extent(self) -> str:
+        """How far it went, in words."""
+        return f"{self.steps} steps" + (" of the warm-up" if self.stage == WARMUP else "")
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -79,6 +87,7 @@ def write_result(result: Result) -> None:
     """Rank 0. Writes `result.json`; what is not finite becomes null."""
     values = {
         "outcome": result.outcome,
+        "stage": result.stage,
         "steps": result.steps,
         "main_metric": result.main_metric,
         "best_step": result.best_step,
@@ -97,15 +106,15 @@ def write_result(result: Result) -> None:
 def print_summary(result: Result, say: Any) -> None:
     """Rank 0. The run in about fifteen lines, by `say(line)`; draws `metrics.png`."""
     run_dir, name = result.run_dir, result.main_metric
+    stage_dir = run_dir / WARMUP if result.stage == WARMUP else run_dir
     endings = {
-        "finished": f"finished after {result.steps} steps",
-        "stopped": f"stopped and saved after {result.steps} steps; go on with --resume"
-        if (run_dir / "checkpoints" / "last").is_file()
-        else f"stopped after {result.steps} steps; nothing was saved (no_save)",
-        "bad_loss": f"ended after {result.steps} steps: ten losses in a row were NaN or zero; "
+        "finished": f"finished after {result.extent}",
+        "stopped": f"stopped and saved after {result.extent}; go on with --resume"
+        if (stage_dir / "checkpoints" / "last").is_file()
+        else f"stopped after {result.extent}; nothing was saved (no_save)",
+        "bad_loss": f"ended after {result.extent}: ten losses in a row were NaN or zero; "
         "lower learning_rate or choose prec: fp32",
-        "low_metric": f"ended after {result.steps} steps: {name} is below "
-        "min_eval_metric_after_epoch",
+        "low_metric": f"ended after {result.extent}: {name} is below min_eval_metric_after_epoch",
     }
     rows = [("outcome", endings[result.outcome])]
     if result.before:
@@ -125,8 +134,10 @@ def print_summary(result: Result, say: Any) -> None:
             ("  predicted", row.prediction.strip()),
             ("  expected", row.labels[0].strip()),
         ]
-    if (run_dir / "metrics.jsonl").stat().st_size:
-        rows.append(("plot", str(plot_metrics([run_dir], run_dir / "metrics.png"))))
+    if (stage_dir / "metrics.jsonl").stat().st_size:
+        rows.append(("plot", str(plot_metrics([stage_dir], stage_dir / "metrics.png"))))
+    if (run_dir / "selection.png").is_file():
+        rows.append(("dimensions", f"{run_dir}/selection.png, selection.json"))
     rows.append(("record", f"{run_dir}/cfg.yaml, environment.json, metrics.jsonl, {RESULT}"))
     if result.exported:
         rows += [

@@ -7,19 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from ssm_train import distributed
-from ssm_train.adapters.base import Batch, LossSum
 from ssm_train.assemble import (
     Subject,
     base_id,
@@ -31,7 +24,6 @@ from ssm_train.assemble import (
     find_splits,
     keep_new_base,
     load_examples,
-    make_batches,
     plan_order,
     prepare_model,
 )
@@ -45,18 +37,13 @@ from ssm_train.bases import (
 )
 from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
-from ssm_train.data.batches import collate
-from ssm_train.data.order import Order
 from ssm_train.data.sources import check_data
-from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.errors import InputError
-from ssm_train.evaluate import Evaluation
+from ssm_train.fit import Ready, fit, warm_up
 from ssm_train.lock import check_free, own
-from ssm_train.loop import Schedule, Training, TrainState, plan_schedule, train
-from ssm_train.metrics import LOSSES, Progress, check_trackers
-from ssm_train.optim import build_optimizer, describe_rates, same_rate
-from ssm_train.peft.coverage import count_parameters, measure_coverage
-from ssm_train.peft.liveness import check_liveness
+from ssm_train.metrics import check_trackers
+from ssm_train.peft.coverage import measure_coverage
+from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import PeftSpec, load_peft
 from ssm_train.record import (
     MARKER,
@@ -65,9 +52,8 @@ from ssm_train.record import (
     create_run_directory,
     record_peft,
 )
-from ssm_train.resume import RunCheckpoints, find_resume_point
-from ssm_train.runlog import RunLog
-from ssm_train.summary import Result, export_weights, print_summary, write_result
+from ssm_train.resume import find_resume_point
+from ssm_train.summary import WARMUP, Result
 
 
 def run(
@@ -114,40 +100,14 @@ def run_in(
     ready = get_ready(run_dir, cfg, splits, peft, given)
     claim_directory(ready, peft)
     lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
-    result = fit(ready, main_metric, [*lines, *changes, *ready.notes])
+    lines += [*changes, *ready.notes]
+    result = None
+    if ready.warms_up:
+        result = warm_up(ready, main_metric, lines)
+        lines = [str(measure_coverage(ready.subject.prepared.model))]
+    result = result or fit(ready, main_metric, lines)
     distributed.barrier()
     return result
-
-
-@dataclass
-class Ready:
-    """A run that may begin: its parts are built, its tensors are alive, nothing is written."""
-
-    run_dir: Path
-    cfg: RunConfig
-    accelerator: Any
-    subject: Subject
-    base: str | None  # id of the model before training; None: new, and not kept yet
-    data: Mapping[str, TokenizedDataset]  # by split
-    order: Order
-    evaluations: Mapping[str, Evaluation]  # by split
-    found: Checkpoint | None  # where a resumed run goes on
-    notes: list[str]
-
-    @property
-    def schedule(self) -> Schedule:
-        return plan_schedule(self.cfg, self.order.steps_per_epoch)
-
-    def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's part of optimizer step `step`."""
-        return make_batches(self.data["train"], self.order, self.cfg, step)
-
-    def examples(self) -> Iterator[Batch]:
-        """The training examples in the order of training, one a batch; on every rank the same."""
-        for step in count():
-            for row in self.order.micro_batches(step):
-                for i in range(len(row)):
-                    yield collate(self.data["train"], row[i : i + 1])
 
 
 def get_ready(
@@ -166,33 +126,52 @@ def get_ready(
         check_base(run_dir, str(base))
     subject = given or prepare_model(cfg, base, str(device), frozen=peft is not None)
     data = {split: load_examples(cfg, subject.prepared.tokenizer, split) for split in splits}
-    found, notes = find_resume_point(run_dir) if cfg.resume else (None, [])
-    order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)
-    ready = Ready(run_dir, cfg, accelerator, subject, base, data, order, {}, found, notes)
-
     if peft and not given:
         subject.method = peft.make()
-        subject.method.inject(subject.prepared)
+    found, notes = begin(run_dir, cfg, subject, inject=given is None)
+    method, prepared = subject.method, subject.prepared
+    order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)
+    ready = Ready(run_dir, cfg, accelerator, subject, base, data, order, {}, found, notes)
+    if isinstance(method, SdLoraMethod):
+        check_warmup(method.warmup_steps, ready.schedule.total_steps)
+    if method and found and "base" in found.tensors:  # a resumed run takes its checkpoint's
+        method.restore_base(prepared.model, found.tensors["base"])
+    elif method and not found:
+        method.calibrate(prepared, ready.examples(), ready.token_losses)
+    ready.prove_alive()
     autocast = partial(distributed.autocast, cfg.prec, device)
-
-    def token_losses(model: nn.Module, batch: Batch) -> LossSum:
-        with autocast():
-            return subject.adapter.token_losses(model, batch)
-
-    if subject.method and not found:  # a resumed run takes its checkpoint's
-        subject.method.calibrate(subject.prepared, ready.examples(), token_losses)
-    check_liveness(
-        subject.prepared.model,
-        ready.micro_batches(0)[0].to(device),
-        token_losses,
-        reduce_max=distributed.reduce_max,
-    )
     ready.evaluations = {
         split: build_evaluation(cfg, subject.adapter, data[split], subject.prepared, autocast)
         for split in splits
         if split != "train"
     }
     return ready
+
+
+def begin(
+    run_dir: Path, cfg: RunConfig, subject: Subject, inject: bool
+) -> tuple[Checkpoint | None, list[str]]:
+    """All ranks. The method in its model, at the stage where the run begins or goes on, and where
+    that is. `inject` False: it is in the model already, at its first stage."""
+    method, prepared = subject.method, subject.prepared
+    found, notes = find_resume_point(run_dir) if cfg.resume else (None, [])
+    if isinstance(method, SdLoraMethod) and found:
+        method.begin_training(prepared)
+        return found, notes
+    if method and inject:
+        method.inject(prepared)
+    if isinstance(method, SdLoraMethod) and cfg.resume:
+        found, notes = find_resume_point(run_dir / WARMUP)
+    return found, notes
+
+
+def check_warmup(warmup_steps: int, total_steps: int) -> None:
+    """Raises InputError for a warm-up that the run is too short for."""
+    if warmup_steps > total_steps:
+        raise InputError(
+            f"num_warmup_it {warmup_steps - 1}: a warm-up of {warmup_steps} optimizer steps is "
+            f"longer than the run of {total_steps}; lower it (HP_WARMUP_IT), or train longer"
+        )
 
 
 def claim_directory(ready: Ready, peft: PeftSpec | None) -> None:
@@ -210,85 +189,6 @@ def claim_directory(ready: Ready, peft: PeftSpec | None) -> None:
         if ready.subject.method and ready.base is None:
             ready.base = str(keep_new_base(cfg, run_dir))
     distributed.barrier()
-
-
-def fit(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result:
-    """All ranks. Trains, evaluates and exports; `lines` are said first."""
-    cfg, subject, schedule = ready.cfg, ready.subject, ready.schedule
-    bare = subject.prepared.model
-    lr_scale = getattr(subject.method, "lr_scale", same_rate)
-    optimizer = build_optimizer(bare, cfg, subject.prepared.traits.no_decay, lr_scale)
-    model, prepared_optimizer = ready.accelerator.prepare(bare, optimizer)
-    checkpoints = RunCheckpoints(
-        ready.run_dir, cfg.save_total_limit, bare, optimizer, ready.accelerator.scaler,
-        subject.method,
-        global_batch=len(ready.order.micro_batches(0)) * (1 if cfg.packing else cfg.batch_size),
-    )  # fmt: skip
-    distributed.seed_everything(cfg.seed + distributed.rank())  # dropout differs between ranks
-    state = checkpoints.restore(ready.found) if ready.found else TrainState()
-
-    with ExitStack() as stack:
-        stop = stack.enter_context(distributed.StopFlag())
-        bar = Progress(schedule.total_steps, state.step, distributed.is_main())
-        for line in [*lines, *describe_rates(optimizer)]:
-            bar.say(line)
-        stack.enter_context(bar)
-        log = RunLog(
-            ready.run_dir, bar, trackers=cfg.trackers, config=cfg.model_dump(),
-            step=state.step, tokens=state.tokens,
-        )  # fmt: skip
-        stack.callback(log.close)
-
-        def evaluate(step: int, split: str = "val") -> dict[str, float]:  # all ranks
-            values, rows = ready.evaluations[split].run(bare)
-            log.evaluated(step, split, values, rows)
-            return values
-
-        began = time.perf_counter()
-        if "val" in ready.evaluations and cfg.eval_at_start and not state.step:
-            evaluate(0)
-        outcome = train(
-            Training(
-                accelerator=ready.accelerator,
-                model=model,
-                optimizer=prepared_optimizer,
-                token_losses=subject.adapter.token_losses,
-                micro_batches=ready.micro_batches,
-                schedule=schedule,
-                optim=cfg,
-                prec=cfg.prec,
-                log=log.trained,
-                evaluate=evaluate if "val" in ready.evaluations else None,
-                save=None if cfg.no_save else checkpoints.save,
-                main_metric=main_metric,
-                higher_is_better=main_metric not in LOSSES,
-                least_metric=cfg.min_eval_metric_after_epoch,
-                stop=stop,
-            ),
-            state,
-        )
-        complete = outcome in ("finished", "low_metric")
-        after, after_step = state.best, state.best_step
-        if complete and not checkpoints.load_best(state):
-            after, after_step = log.values.get("val", {}), state.step
-        test: dict[str, float] = {}
-        if complete and "test" in ready.evaluations:
-            test = evaluate(after_step or state.step, "test")
-        seconds = time.perf_counter() - began
-    result = Result(
-        outcome, ready.run_dir, state.step, main_metric, log.before, after, after_step,
-        *count_parameters(bare), seconds, test,
-        log.rates, log.rows.get("test") or log.rows.get("val", []),
-    )  # fmt: skip
-    if distributed.is_main():  # rank 0
-        if complete:
-            result.exported = export_weights(
-                ready.run_dir, subject.prepared, subject.method,
-                base_id=ready.base, revision=cfg.revision,
-            )  # fmt: skip
-        write_result(result)
-        print_summary(result, bar.say)
-    return result
 
 
 def train_base(cfg: RunConfig) -> Result | None:

@@ -15,6 +15,9 @@ from ssm_train.settings import Settings
 
 KernelChoice = Literal["auto", "triton", "reference"]
 
+GLA_NAMES = r"\b(attn|mlp|[qkvog]_proj|gk_proj|GLA_\w+)\b"
+"""What only PEFT configs of GLA name: its modules, its methods."""
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -29,7 +32,7 @@ class Traits:
     keep_fp32: tuple[str, ...] = ()
     """Parameters stored in fp32 in every preset (A_log, D, the biases before softplus)."""
     no_decay: tuple[str, ...] = ()
-    """Parameters that never get weight decay."""
+    """Parts of names of parameters that never get weight decay."""
     supports: frozenset[str] = frozenset()
     """Of "packing", "cached_decode", "grad_ckpt"."""
 

@@ -28,7 +28,7 @@ MAMBA_TRAITS = Traits(
     raw_weight_reads=("conv1d", "x_proj", "dt_proj", "out_proj"),
     refused_targets=("conv1d", "out_proj"),
     keep_fp32=("A_log", "D", "dt_proj.bias"),
-    no_decay=("A_log", "D", "dt_proj.bias", *NORMS),
+    no_decay=("A_log", "log_decay", "D", "dt_proj.bias", *NORMS),
     supports=SUPPORTS,
 )
 MAMBA2_TRAITS = Traits(

@@ -57,7 +57,9 @@ class SdLoraSettings(Settings):
     num_warmup_it: int = Field(default=499, ge=0)
     """The warm-up is this many optimizer steps and one more."""
     proj_lora_r: int | None = Field(default=8, ge=1)
-    """Rank of LoRA on the projections; its alpha is the same number."""
+    """Rank of LoRA on the projections."""
+    proj_lora_alpha: float | None = Field(default=None, gt=0)
+    """Its update is scaled by alpha / r; None: alpha is r."""
     proj_lora_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout on the input of A."""
     sdlora_alpha: float | dict[str, float] = 1.0
@@ -151,6 +153,13 @@ class SdLoraSettings(Settings):
         if self.train_ratio is not None and isinstance(self.frozen_channels, float):
             return round(1 - self.train_ratio - self.frozen_channels, 9)
         return self.num_zero.channel
+
+    @property
+    def lora_scale(self) -> float:
+        """alpha / r of the projections."""
+        if self.proj_lora_r is None or self.proj_lora_alpha is None:
+            return 1.0
+        return self.proj_lora_alpha / self.proj_lora_r
 
     def divide_channels(self, size: int) -> Division:
         return divide(size, self.frozen_channels, self.zeroed_channels, "channels")

@@ -98,15 +98,15 @@ class DecayLayer(ChosenLayer, SiteLayer):
     def undecided(self, settings: Any) -> dict[str, Tensor]:
         A_log = self.owner.A_log
         channels = settings.divide_channels(len(A_log))
-        if channels.zero and not self.has_states:
+        states = settings.divide_states(A_log.shape[1]) if self.has_states else None
+        if channels.zero and states is None:
             raise InputError(
                 "num_zero: heads of Mamba-2 cannot lose their memory here; set its channel to 0"
             )
         if settings.stage == "warmup":
             return {}
         found = {"channels": blank(channels.train, like=A_log)}
-        if self.has_states:
-            states = settings.divide_states(A_log.shape[1])
+        if states is not None:
             found["states"] = blank(channels.train, states.train, like=A_log)
         return found | ({"zeroed": blank(channels.zero, like=A_log)} if channels.zero else {})
 
@@ -140,7 +140,7 @@ class DecayLayer(ChosenLayer, SiteLayer):
 
 
 class ProjectionLayer(ChosenLayer, DeltaLayer):
-    """A linear layer W [out, in] with what the settings give it: y = (W + delta) x + B A x +
+    """A linear layer W [out, in] with what the settings give it: y = (W + delta) x + s B A x +
     alpha P x. P has the rows, or the columns, of the chosen channels; in the warm-up of a layer
     that chooses it is dense."""
 
@@ -195,7 +195,8 @@ class ProjectionLayer(ChosenLayer, DeltaLayer):
         values, alpha = self.values[adapter], self.alpha(adapter)
         if "lora_A" in values:
             dropped = F.dropout(x, self.settings[adapter].proj_lora_dropout, self.training)
-            y = y + F.linear(F.linear(dropped, values["lora_A"]), values["lora_B"])
+            update = F.linear(F.linear(dropped, values["lora_A"]), values["lora_B"])
+            y = y + self.settings[adapter].lora_scale * update
         if "dense" in values:
             y = y + alpha * F.linear(x, values["dense"])
         if "cells" in values:
@@ -213,7 +214,8 @@ class ProjectionLayer(ChosenLayer, DeltaLayer):
         weight: Any = self.base_layer.weight
         with torch.no_grad():
             if "lora_A" in values:
-                weight += sign * (values["lora_B"] @ values["lora_A"])
+                scale = sign * self.settings[adapter].lora_scale
+                weight += scale * (values["lora_B"] @ values["lora_A"])
             if "dense" in values:
                 weight += alpha * values["dense"]
             if "cells" in values:

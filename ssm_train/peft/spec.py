@@ -4,6 +4,7 @@ Everything here is checked before a model is loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ssm_train.adapters.base import PeftMethod
+from ssm_train.adapters.base import GLA_NAMES, PeftMethod
 from ssm_train.errors import InputError, near
 from ssm_train.peft.lora import LoraMethod, LoraSettings
 from ssm_train.peft.registration import CONFIGS
@@ -41,6 +42,14 @@ BOOKKEEPING = {
 }
 
 OLD_NAMES = {"sdlora": "SD_LORA"}
+
+PROJECTION_KEYS = {
+    "r": "proj_lora_r",
+    "lora_alpha": "proj_lora_alpha",
+    "lora_dropout": "proj_lora_dropout",
+    "target_modules": "lora_targets",
+}
+"""Key of LoRA -> what it is called where LoRA is the part of SD_LORA on the projections."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,12 @@ def load_peft(
         peft_type = _method_name(source, written)
     else:
         peft_type = _method_name(places.get("peft_overrides.peft_type", "peft_overrides"), override)
+    if peft_type in TWO_STAGES:
+        if override is not None and _method_name(source, written) == "LORA":
+            peft_type, values = _as_sparse(source, peft_type, values)
+        renamed = {f"peft_overrides.{k}": f"peft_overrides.{v}" for k, v in PROJECTION_KEYS.items()}
+        places = {renamed.get(key, key): where for key, where in places.items()}
+        changes = {PROJECTION_KEYS.get(key, key): value for key, value in changes.items()}
     schema = METHODS[peft_type][0]
     if peft_type == "LORA":
         values = _without_inert_keys(source, values)
@@ -155,6 +170,21 @@ def _without_inert_keys(source: str, values: Mapping[str, Any]) -> dict[str, Any
                 "remove it"
             )
     return kept
+
+
+def _as_sparse(
+    source: str, peft_type: str, values: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """A LoRA JSON as one of SD_LORA (of GLA_SD_LORA where it names GLA's modules), whose part on
+    the projections it is; HP_PEFT_TYPE=sdlora means that."""
+    kept = _without_inert_keys(source, values)
+    for key, value in kept.items():
+        if key not in PROJECTION_KEYS and value != LoraSettings.model_fields[key].get_default():
+            raise InputError(f"{source}: {key} is {value!r}, which {peft_type} does not have")
+    if re.search(GLA_NAMES, str(kept.get("target_modules"))):
+        peft_type = "GLA_SD_LORA"
+    renamed = {PROJECTION_KEYS[key]: v for key, v in kept.items() if key in PROJECTION_KEYS}
+    return peft_type, renamed
 
 
 def _apply_pissa_fast(

@@ -70,7 +70,7 @@ def training(per_micro_batch: int, accumulation: int, total_steps: int = 2, **ch
         "optimizer": optimizer,
         "token_losses": token_losses,
         "micro_batches": micro_batches,
-        "schedule": Schedule(total_steps, 10, 1, 1, 1),
+        "schedule": Schedule(total_steps, total_steps, 10, 1, 1, 1),
         "optim": settings,
         "prec": "fp32",
         "log": lambda row: None,
@@ -172,7 +172,7 @@ def test_a_stop_request_saves_and_stops():
 
         run = training(
             4, 1, total_steps=9, log=log, stop=stop, save=lambda state: saved.append(state.step),
-            schedule=Schedule(9, 10, 1, 100, 100),
+            schedule=Schedule(9, 9, 10, 1, 100, 100),
         )  # fmt: skip
         assert train(run, TrainState()) == "stopped"
     assert saved == [4]
@@ -186,7 +186,7 @@ def test_the_best_step_is_remembered_and_saved():
         4, 1, total_steps=3, main_metric="accuracy", higher_is_better=True,
         evaluate=lambda step: {"accuracy": accuracy[step]},
         save=lambda state: saved.append(state.step),
-        schedule=Schedule(3, 10, 1, 1, 100),
+        schedule=Schedule(3, 3, 10, 1, 1, 100),
     )  # fmt: skip
     assert train(run, state) == "finished"
     assert (state.best_step, state.best) == (2, {"accuracy": 0.8})

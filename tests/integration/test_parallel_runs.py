@@ -26,6 +26,13 @@ from tiny_runs import (
 from ssm_train.cli import BAD_INPUT, main
 
 CALM = LORA | {"lora_dropout": 0.0}  # dropout differs between ranks by design
+SPARSE = {
+    "peft_type": "SD_LORA",
+    "num_freeze": {"channel": 0.8, "state": 0.5},
+    "num_zero": {"channel": 0.1},
+    "proj_lora_dropout": 0.0,
+    "num_warmup_it": 3,
+}
 # name -> family, changes of both runs; 4 examples a step: one process 4 x 1, two processes 2 x 1,
 # or 1 x 2 with accumulation.
 RUNS = {
@@ -33,6 +40,7 @@ RUNS = {
     "accumulated": ("mamba", {"peft": CALM, "task": SIDES, "lock": True}),
     "pissa": ("mamba", {"peft": PISSA}),
     "lora_ga": ("mamba", {"peft": LORA_GA}),
+    "sd_lora": ("mamba", {"peft": SPARSE}),
     "packed": ("gla", {"peft": CALM, "packing": True, "tokens_per_batch": 48, "batch_size": None}),
     "base": ("mamba", {"peft": CALM}),
     "resumed": ("mamba", {"peft": CALM}),
@@ -116,6 +124,10 @@ def test_two_processes_train_what_one_does(name, directories):
     assert_same_tensors(exported(two), exported(one), tolerance=1e-6)
     for ours, expected in zip(metrics(two, "val"), metrics(one, "val"), strict=True):
         assert ours == pytest.approx(expected, abs=1e-5)
+    if name == "sd_lora":
+        assert losses(two / "warmup") == pytest.approx(losses(one / "warmup"), abs=1e-5)
+        choices = [json.loads((run / "selection.json").read_text()) for run in (one, two)]
+        assert choices[0] == choices[1]
     tokens = [row["tokens"] for row in metrics(one, "train")]
     assert [row["tokens"] for row in metrics(two, "train")] == tokens
     for file in one.glob("predictions-*.jsonl"):

@@ -111,7 +111,7 @@ def train(config: Path, **overrides: Any) -> Result:
 
 def stop_in_step(monkeypatch: Any, step: int) -> None:
     """SIGUSR1 while optimizer step `step` (from 0) is under way."""
-    from ssm_train import train as root
+    from ssm_train import fit as root
 
     original = root.make_batches
     once = iter([True])

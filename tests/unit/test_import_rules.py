@@ -22,11 +22,11 @@ CONCRETE_ADAPTERS = {
 }
 
 
-# The composition root and its neighbours: bases, from a config to its parts, a run loaded again,
-# which runs of a suite are done, and the old code's functions.
+# The composition root and its neighbours: a run's stages, bases, from a config to its parts, a run
+# loaded again, which runs of a suite are done, and the old code's functions.
 COMPOSITION = tuple(
     f"ssm_train.{name}"
-    for name in ("train", "bases", "assemble", "finished", "launch.complete", "mamba_peft")
+    for name in ("train", "fit", "bases", "assemble", "finished", "launch.complete", "mamba_peft")
 )
 
 

@@ -1,0 +1,231 @@
+"""The stages of a run: each goes through the loop with its own optimizer, checkpoints and log. A
+method with a warm-up chooses by it what the last stage trains; that one ends in exported weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ssm_train import distributed
+from ssm_train.adapters.base import Batch, LossSum
+from ssm_train.assemble import Subject, make_batches
+from ssm_train.checkpoint import Checkpoint
+from ssm_train.config import RunConfig
+from ssm_train.data.batches import collate
+from ssm_train.data.order import Order
+from ssm_train.data.tokens import TokenizedDataset
+from ssm_train.evaluate import Evaluation
+from ssm_train.loop import Outcome, Schedule, Training, TrainState, plan_schedule, train
+from ssm_train.metrics import LOSSES, Progress
+from ssm_train.optim import build_optimizer, describe_rates, same_rate
+from ssm_train.peft.coverage import count_parameters, measure_coverage
+from ssm_train.peft.liveness import check_liveness
+from ssm_train.peft.sd_lora import SdLoraMethod
+from ssm_train.plot import plot_selection
+from ssm_train.resume import RunCheckpoints
+from ssm_train.runlog import RunLog
+from ssm_train.summary import WARMUP, Result, export_weights, print_summary, write_result
+
+
+@dataclass
+class Ready:
+    """A run that may begin: its parts are built, its tensors are alive, nothing is written."""
+
+    run_dir: Path
+    cfg: RunConfig
+    accelerator: Any
+    subject: Subject
+    base: str | None  # id of the model before training; None: new, and not kept yet
+    data: Mapping[str, TokenizedDataset]  # by split
+    order: Order
+    evaluations: Mapping[str, Evaluation]  # by split
+    found: Checkpoint | None  # where a resumed run goes on, in the stage that it is in
+    notes: list[str]
+
+    @property
+    def schedule(self) -> Schedule:
+        return plan_schedule(self.cfg, self.order.steps_per_epoch)
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the method's first stage is still to be trained, or to be ended."""
+        method = self.subject.method
+        return isinstance(method, SdLoraMethod) and method.stage == WARMUP
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's part of optimizer step `step`."""
+        return make_batches(self.data["train"], self.order, self.cfg, step)
+
+    def examples(self) -> Iterator[Batch]:
+        """The training examples in the order of training, one a batch; on every rank the same."""
+        for step in count():
+            for row in self.order.micro_batches(step):
+                for i in range(len(row)):
+                    yield collate(self.data["train"], row[i : i + 1])
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
+        """Loss over the targets of a batch, in the run's precision."""
+        with distributed.autocast(self.cfg.prec, self.accelerator.device):
+            return self.subject.adapter.token_losses(model, batch)
+
+    def prove_alive(self) -> None:
+        """All ranks. Raises InputError naming a trainable tensor without a gradient."""
+        check_liveness(
+            self.subject.prepared.model,
+            self.micro_batches(0)[0].to(self.accelerator.device),
+            self.token_losses,
+            reduce_max=distributed.reduce_max,
+        )
+
+
+@dataclass
+class Stage:
+    """A stage under way."""
+
+    ready: Ready
+    schedule: Schedule
+    bare: nn.Module  # not wrapped by an engine
+    model: nn.Module
+    optimizer: Any
+    checkpoints: RunCheckpoints
+    state: TrainState
+    log: RunLog
+    stop: distributed.StopFlag
+
+    def evaluate(self, step: int, split: str = "val") -> dict[str, float]:
+        """All ranks. Metrics of a split, which the log gets too."""
+        values, rows = self.ready.evaluations[split].run(self.bare)
+        self.log.evaluated(step, split, values, rows)
+        return values
+
+    def train(self, main_metric: str, least_metric: Mapping[int, float]) -> Outcome:
+        """All ranks. Through the loop, to the end of the schedule or until something stops it."""
+        ready, cfg = self.ready, self.ready.cfg
+        return train(
+            Training(
+                accelerator=ready.accelerator,
+                model=self.model,
+                optimizer=self.optimizer,
+                token_losses=ready.subject.adapter.token_losses,
+                micro_batches=ready.micro_batches,
+                schedule=self.schedule,
+                optim=cfg,
+                prec=cfg.prec,
+                log=self.log.trained,
+                evaluate=self.evaluate if "val" in ready.evaluations else None,
+                save=None if cfg.no_save else self.checkpoints.save,
+                main_metric=main_metric,
+                higher_is_better=main_metric not in LOSSES,
+                least_metric=dict(least_metric),
+                stop=self.stop,
+            ),
+            self.state,
+        )
+
+
+@contextmanager
+def open_stage(
+    ready: Ready, name: str, schedule: Schedule, lines: Sequence[str]
+) -> Iterator[Stage]:
+    """All ranks. The stage `name` from its start, or from where `ready.found` left it. The warm-up
+    is kept in a directory of its own; `lines` are said first."""
+    cfg, subject = ready.cfg, ready.subject
+    run_dir = ready.run_dir / WARMUP if name == WARMUP else ready.run_dir
+    bare = subject.prepared.model
+    lr_scale = getattr(subject.method, "lr_scale", same_rate)
+    optimizer = build_optimizer(bare, cfg, subject.prepared.traits.no_decay, lr_scale)
+    model, prepared_optimizer = ready.accelerator.prepare(bare, optimizer)
+    checkpoints = RunCheckpoints(
+        run_dir, cfg.save_total_limit, bare, optimizer, ready.accelerator.scaler, subject.method,
+        global_batch=len(ready.order.micro_batches(0)) * (1 if cfg.packing else cfg.batch_size),
+        stage=name,
+    )  # fmt: skip
+    distributed.seed_everything(cfg.seed + distributed.rank())  # dropout differs between ranks
+    state = checkpoints.restore(ready.found) if ready.found else TrainState()
+    with ExitStack() as stack:
+        stop = stack.enter_context(distributed.StopFlag())
+        bar = Progress(schedule.total_steps, state.step, distributed.is_main())
+        for line in [*lines, *describe_rates(optimizer)]:
+            bar.say(line)
+        stack.enter_context(bar)
+        if distributed.is_main():  # rank 0
+            run_dir.mkdir(exist_ok=True)
+        log = RunLog(
+            run_dir, bar, name=ready.run_dir.name + (f" {WARMUP}" if name == WARMUP else ""),
+            trackers=cfg.trackers, config=cfg.model_dump(), step=state.step, tokens=state.tokens,
+        )  # fmt: skip
+        stack.callback(log.close)
+        yield Stage(ready, schedule, bare, model, prepared_optimizer, checkpoints, state, log, stop)
+
+
+def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | None:
+    """All ranks. The first stage, then the choice, after which the model stands at the start of the
+    last stage. Returns how it ended where that is too early."""
+    method = ready.subject.method
+    assert isinstance(method, SdLoraMethod)
+    schedule = replace(ready.schedule, total_steps=method.warmup_steps)
+    lines = [*lines, f"warm-up of {schedule.total_steps:,} steps"]
+    began = time.perf_counter()
+    with open_stage(ready, WARMUP, schedule, lines) as stage:
+        outcome = stage.train(main_metric, {})
+    if outcome != "finished":
+        result = Result(
+            outcome, ready.run_dir, stage.state.step, main_metric, {}, {}, None,
+            *count_parameters(stage.bare), time.perf_counter() - began, stage=WARMUP,
+        )  # fmt: skip
+        if distributed.is_main():
+            write_result(result)
+            print_summary(result, stage.log.bar.say)
+        return result
+    selection = distributed.gather_objects([method.select(stage.bare)])[0]
+    if distributed.is_main():  # rank 0
+        selection.write(ready.run_dir, method.settings.model_dump(exclude_defaults=True))
+        plot_selection(selection, ready.run_dir / "selection.png")
+    ready.accelerator.free_memory()
+    ready.found = None
+    distributed.seed_everything(ready.cfg.seed)
+    method.begin_training(ready.subject.prepared, selection)
+    ready.prove_alive()
+    return None
+
+
+def fit(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result:
+    """All ranks. Trains, evaluates and exports; `lines` are said first."""
+    cfg = ready.cfg
+    began = time.perf_counter()
+    with open_stage(ready, "train", ready.schedule, lines) as stage:
+        state, log = stage.state, stage.log
+        if "val" in ready.evaluations and cfg.eval_at_start and not state.step:
+            stage.evaluate(0)
+        outcome = stage.train(main_metric, cfg.min_eval_metric_after_epoch)
+        complete = outcome in ("finished", "low_metric")
+        after, after_step = state.best, state.best_step
+        if complete and not stage.checkpoints.load_best(state):
+            after, after_step = log.values.get("val", {}), state.step
+        test: dict[str, float] = {}
+        if complete and "test" in ready.evaluations:
+            test = stage.evaluate(after_step or state.step, "test")
+        seconds = time.perf_counter() - began
+    result = Result(
+        outcome, ready.run_dir, state.step, main_metric, log.before, after, after_step,
+        *count_parameters(stage.bare), seconds, test,
+        log.rates, log.rows.get("test") or log.rows.get("val", []),
+    )  # fmt: skip
+    if distributed.is_main():  # rank 0
+        if complete:
+            result.exported = export_weights(
+                ready.run_dir, ready.subject.prepared, ready.subject.method,
+                base_id=ready.base, revision=cfg.revision,
+            )  # fmt: skip
+        write_result(result)
+        print_summary(result, log.bar.say)
+    return result
