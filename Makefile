@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait without spinning: on busy cores a spinning one takes the other's time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-unit lint clean help
+.PHONY: quickstart test test-unit test-oldest-peft lint clean help
 
 help:
 	@sed -n 's/^# \?//p' Makefile | head -9
@@ -30,6 +30,14 @@ test: lint
 
 test-unit: .venv/installed-dev
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/unit -n auto --dist loadfile
+
+# The PEFT of .venv is the newest that pyproject.toml allows; this is the oldest.
+test-oldest-peft: .venv/installed-dev
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --target build/oldest-peft "peft==$$(sed -n 's/.*"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)"
+	@PYTHONPATH=build/oldest-peft OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile \
+	    tests/integration/test_peft_*.py tests/integration/test_adapter_roundtrip.py \
+	    tests/integration/test_sd_lora_runs.py
 
 lint: .venv/installed-dev
 	@echo "== ruff and mypy"

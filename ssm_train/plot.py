@@ -65,7 +65,8 @@ def plot_selection(selection: Selection, out_png: str | Path) -> Path:
     for row, choice in zip(fate, choices, strict=True):
         row[choice.channels.cpu().numpy()] = 1
         row[choice.zeroed.cpu().numpy()] = -1
-    figure = Figure(figsize=(10, 2.4 + 0.14 * len(choices)), layout="constrained")
+    width = max(10, score.shape[1] / 100)  # inches of 130 dots: at least one for each channel
+    figure = Figure(figsize=(width, 2.4 + 0.14 * len(choices)), layout="constrained")
     FigureCanvasAgg(figure)
     moved, chosen = figure.subplots(2, 1, sharex=True)
     options: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
