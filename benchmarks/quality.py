@@ -20,13 +20,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from quality_parts import rank, steps, tasks
+from quality_parts import layer, rank, steps, tasks
 from quality_parts.jobs import Found, Job, Options, Results, key_of, name_of
 
 from ssm_train.checkpoint import write_atomically
 from ssm_train.errors import InputError
 
-PARTS: dict[str, Any] = {"b": steps, "c": rank, "d": tasks}
+PARTS: dict[str, Any] = {"a": layer, "b": steps, "c": rank, "d": tasks}
 PRELOADED = ["transformers", "peft", "accelerate", "ssm_train.train"]
 
 

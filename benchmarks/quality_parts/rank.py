@@ -129,6 +129,8 @@ def _verdict(ratio: float) -> str:
 
 
 def draw(axes: Any, done: Results, options: Options) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
     for method in METHODS:
         points = [
             (rank, median(one["gradient_norm"] for one in found))
@@ -137,8 +139,6 @@ def draw(axes: Any, done: Results, options: Options) -> None:
         ]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", label=method)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xlabel("rank")
     axes.set_ylabel("gradient norm of A and B")
     axes.set_title("c: rank")

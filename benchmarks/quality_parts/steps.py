@@ -218,6 +218,7 @@ def describe(done: Results, options: Options) -> str:
 
 
 def draw(axes: Any, done: Results, options: Options) -> None:
+    axes.set_yscale("log")
     for row, family in enumerate(options.families):
         for column, method in enumerate(METHODS):
             _, rate = best_rate(family, method, done, options)
@@ -230,7 +231,6 @@ def draw(axes: Any, done: Results, options: Options) -> None:
                     steps, losses = zip(*smooth(done[job]), strict=True)
                     style = ("-", "--")[row % 2]
                     axes.plot(steps, losses, style, color=f"C{column}", lw=1, label=label)
-    axes.set_yscale("log")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("held-out loss (nats per token)")
     axes.set_title("b: a new task")

@@ -29,12 +29,8 @@ METHODS: dict[str, dict[str, dict[str, Any] | None]] = {
         LORA | {"init_lora_weights": "lora_ga", "loraga_batch_size": 8, "loraga_steps": 8},
     ),
     "SDLoRA": {
-        "gla": {"peft_type": "GLA_SD_LORA", "num_warmup_it": 49},
-        "mamba": {
-            "peft_type": "SD_LORA",
-            "num_warmup_it": 49,
-            "num_freeze": {"channel": 0.9, "state": 0.75},
-        },
+        "gla": {"peft_type": "GLA_SD_LORA"},
+        "mamba": {"peft_type": "SD_LORA", "num_freeze": {"channel": 0.9, "state": 0.75}},
     },
     "BitFit": dict.fromkeys(("gla", "mamba"), {"peft_type": "BITFIT"}),
     "initial state": {
@@ -162,7 +158,7 @@ def run(job: Job, options: Options) -> Found:
         return train_base(
             job, options,
             new_model={"model_type": family, "tie_word_embeddings": True, **NEW_MODELS[family]},
-            tokenizer=task.tokenizer, data=str(write_texts(job, options)), task="text",
+            tokenizer=task.tokenizer, data=str(write_texts(job, options)), task={"type": "text"},
             batch_size=32, max_length=160, max_steps=job["steps"], eval_steps=job["steps"],
             learning_rate=2e-3, adam_beta2=0.95, weight_decay=0.1, lr_scheduler_type="cosine",
             warmup_ratio=0.1, eval_batch_size=128,
@@ -170,6 +166,8 @@ def run(job: Job, options: Options) -> Found:
     peft = METHODS[job["method"]][family]
     if peft is not None and peft["peft_type"] == "LORA":
         peft = peft | {"target_modules": LORA_TARGETS[family]}
+    elif peft is not None and "SD_LORA" in peft["peft_type"]:
+        peft = peft | {"num_warmup_it": max(0, job["steps"] // 8 - 1)}
     trained = fine_tune(
         base_job(family, job["task"], options), job, options,
         data=str(options.data[job["task"]]), task=task.task, peft=peft, batch_size=32,
@@ -242,6 +240,7 @@ def summarise(method: str, found: list[Found]) -> list[str]:
 
 def draw(axes: Any, done: Results, options: Options) -> None:
     """Test metric over the share of parameters that train."""
+    axes.set_xscale("log")
     for column, (family, task) in enumerate(product(options.families, options.data)):
         for method in methods_of(family):
             _, rate = best_rate(family, task, method, done, options)
@@ -257,7 +256,6 @@ def draw(axes: Any, done: Results, options: Options) -> None:
                 axes.plot(x, y, "o^sv"[column % 4], color=f"C{column}", ms=5)
                 axes.annotate(method, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
         axes.plot([], [], "o^sv"[column % 4], color=f"C{column}", label=f"{family} {task}")
-    axes.set_xscale("log")
     axes.set_xlabel("share of parameters that train")
     axes.set_ylabel("test: accuracy in percent, or BLEU")
     axes.set_title("d: SST-2 and DART")
