@@ -151,6 +151,27 @@ def test_a_prepared_model_trains(family: str, place: Path, tmp_path: Path) -> No
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
 
 
+def test_sdlora_goes_through_both_stages(place: Path, tmp_path: Path) -> None:
+    sparse = tmp_path / "sparse.json"
+    settings = {
+        "peft_type": "SD_LORA",
+        "num_freeze": {"channel": 0.9, "state": 0.5},
+        "num_warmup_it": 2,
+    }
+    sparse.write_text(json.dumps(settings))
+    model, tokenizer, peft_cfg, is_sdlora = prepare(place, "mamba", peft_json_path=str(sparse))
+    assert is_sdlora and peft_cfg.stage == "warmup"
+    result = ssm_train.build_and_run_trainer(
+        model=model, tokenizer=tokenizer, **arguments(place, tmp_path / "run")
+    )
+    assert result.outcome == "finished" and result.steps == 4
+    assert (tmp_path / "run" / "selection.json").is_file()
+    again, _ = ssm_train.load_run(tmp_path / "run")
+    ids = torch.tensor([tokenizer("say one two =>")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
 def test_without_evaluation_its_options_count_for_nothing(place: Path, tmp_path: Path) -> None:
     model, tokenizer, _ = prepare(place, "gla")
     options = {"skip_eval": True, "min_eval_metric_after_epoch": {0: 99.0}, "total_steps": 1}
