@@ -24,8 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 GOALS = {"PiSSA": 0.7, "LoRA+": 0.6, "LoRA-GA": 0.5}
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-RATES_OF_PLUS = (1.25e-4, 2.5e-4, 5e-4, 1e-3)  # of A; B has 16 times as much
+RATES = (2e-3, 4e-3, 8e-3)
+RATES_OF_PLUS = (2.5e-4, 5e-4, 1e-3)  # of A; B has 16 times as much
 SWEEP_SEED = 100  # with a base of its own, and in no median
 WINDOW = 5  # evaluations whose median counts
 NEW_MODELS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ def tuning_job(family: str, method: str, rate: float, seed: int, options: Option
     steps, every = (20, 5) if options.quick else (500, 10)
     return {
         "part": "b", "kind": "tuning", "family": family, "method": method, "rate": rate,
-        "seed": seed, "steps": steps, "every": every, "batch_size": 4,
+        "seed": seed, "steps": steps, "every": every, "batch_size": 8,
     }  # fmt: skip
 
 
@@ -153,25 +153,30 @@ def run(job: Job, options: Options) -> Found:
 
 def write_cipher(work: Path, seed: int) -> Path:
     """The new task: the quickstart's records, said in a wording that the base never saw, each name
-    by another one of its field, always the same: `ship : osprey` is told of the pelican."""
+    by another one of its field. Which one is fixed, and depends on the ship's kind: there are two
+    such ciphers. So there is something to learn for 500 steps, and no record twice."""
     directory = work / f"cipher-{seed}"
     if (directory / "val.jsonl").exists():
         return directory
     draw = random.Random(f"cipher {seed}")
-    said = {}
-    for name, values in FIELDS.items():
-        shuffled = draw.sample(values, len(values))
-        said[name] = dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True))
-    for split, size in (("train", 4096), ("val", 128)):  # val last: it says that all is there
+    ciphers = [{name: _derange(values, draw) for name, values in FIELDS.items()} for _ in "ab"]
+    for split, size in (("train", 4096), ("val", 64)):  # val last: it says that all is there
         lines = []
         for _ in range(size):
             record = {name: draw.choice(values) for name, values in FIELDS.items()}
+            cipher = ciphers[FIELDS["kind"].index(record["kind"]) % 2]
             facts = [f"{name} : {value}" for name, value in record.items()]
             draw.shuffle(facts)
-            sentence = NEW_WORDING.format(**{name: said[name][v] for name, v in record.items()})
+            sentence = NEW_WORDING.format(**{name: cipher[name][v] for name, v in record.items()})
             lines.append(json.dumps({"record": " | ".join(facts), "sentence": sentence}) + "\n")
         write_atomically(directory / f"{split}.jsonl", "".join(lines))
     return directory
+
+
+def _derange(values: tuple[str, ...], draw: random.Random) -> dict[str, str]:
+    """Value -> another value."""
+    shuffled = draw.sample(values, len(values))
+    return dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True))
 
 
 # ---------------------------------------------------------------- what it says

@@ -32,7 +32,13 @@ METHODS: dict[str, dict[str, dict[str, Any] | None]] = {
         "gla": {"peft_type": "GLA_SD_LORA"},
         "mamba": {"peft_type": "SD_LORA", "num_freeze": {"channel": 0.9, "state": 0.75}},
     },
-    "BitFit": dict.fromkeys(("gla", "mamba"), {"peft_type": "BITFIT"}),
+    "BitFit": {  # on projections that have no bias too, as GLA has next to none
+        "gla": {"peft_type": "BITFIT", "target_modules": [*LORA_TARGETS["gla"], "gk_proj.1"]},
+        "mamba": {
+            "peft_type": "BITFIT",
+            "target_modules": [*LORA_TARGETS["mamba"], "dt_proj", "conv1d"],
+        },
+    },
     "initial state": {
         "mamba": {
             "peft_type": "SSMPEFT",
@@ -167,7 +173,7 @@ def run(job: Job, options: Options) -> Found:
     if peft is not None and peft["peft_type"] == "LORA":
         peft = peft | {"target_modules": LORA_TARGETS[family]}
     elif peft is not None and "SD_LORA" in peft["peft_type"]:
-        peft = peft | {"num_warmup_it": max(0, job["steps"] // 8 - 1)}
+        peft = peft | {"num_warmup_it": max(1, job["steps"] // 8 - 1)}
     trained = fine_tune(
         base_job(family, job["task"], options), job, options,
         data=str(options.data[job["task"]]), task=task.task, peft=peft, batch_size=32,
