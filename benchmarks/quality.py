@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from quality_parts import layer, rank, steps, tasks
-from quality_parts.jobs import Found, Job, Options, Results, key_of, name_of
+from quality_parts.jobs import Found, Job, Options, Part, Results, key_of, name_of
 
 from ssm_train.checkpoint import write_atomically
 from ssm_train.errors import InputError
 
-PARTS: dict[str, Any] = {"a": layer, "b": steps, "c": rank, "d": tasks}
+PARTS: dict[str, Part] = {"a": layer, "b": steps, "c": rank, "d": tasks}
 PRELOADED = ["transformers", "peft", "accelerate", "ssm_train.train"]
 
 
@@ -89,16 +89,23 @@ def write_report(parts: list[str], done: Results, options: Options) -> str:
     FigureCanvasAgg(figure)
     texts = []
     for name, axes in zip(parts, figure.subplots(1, len(parts), squeeze=False).flat, strict=True):
-        texts.append(PARTS[name].describe(done, options))
+        texts += [f"## {PARTS[name].TITLE}", PARTS[name].describe(done, options)]
         PARTS[name].draw(axes, done, options)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
-    text = "\n\n".join(texts) + "\n"
+    machines = [describe_machine(name, kept) for name, kept in done.machines.items()]
+    text = "\n\n".join([*texts, *machines]) + "\n"
     write_atomically(done.path.with_suffix(".md"), text)
     figure.savefig(done.path.with_suffix(".png"), dpi=130)
     return text
+
+
+def describe_machine(name: str, environment: Any) -> str:
+    packages = environment["packages"]
+    names = ("torch", "transformers", "peft", "flash-linear-attention")
+    return f"Run on {name}: {', '.join(f'{package} {packages[package]}' for package in names)}"
 
 
 def read_arguments() -> argparse.Namespace:

@@ -39,6 +39,8 @@ class Options:
 class Part(Protocol):
     """One question and its answer; the modules of this package are such parts."""
 
+    TITLE: str
+
     def next_jobs(self, done: Results, options: Options) -> list[Job]:
         """The jobs that may run now; those that are done may be among them. None left: the end."""
         ...
@@ -120,9 +122,9 @@ def sweep(
     done: Results,
     job_at: Callable[[float], Job],
     rates: Sequence[float],
-    cost: Callable[[Found], float],
+    cost: Callable[[Found], Any],
 ) -> tuple[list[Job], float | None]:
-    """The learning rate with the least cost, or the jobs that are missing to know it.
+    """The learning rate with the least cost (what it returns is compared), or the jobs that are missing to know it.
 
     Where the best rate is the lowest or the highest one, the next one beyond is tried too, so
     that no method is held back by the grid.

@@ -22,6 +22,7 @@ from ssm_train.peft.coverage import count_parameters
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import load_peft
 
+TITLE = "a. One S6 layer learns another"
 HIDDEN, CHANNELS, STATES, DT_RANK = 64, 128, 16, 4
 VOCABULARY, ROWS, LENGTH = 512, 8, 64
 WARMUP = 100  # steps in which SDT chooses; LoRA trains so many more
@@ -244,4 +245,4 @@ def draw(axes: Any, done: Results, options: Options) -> None:
             axes.plot(x, values, "o", color=f"C{column}", label=method if place == 0 else None)
     axes.set_xticks(range(len(TARGETS)), list(TARGETS))
     axes.set_ylabel("error / error of the frozen layer")
-    axes.set_title("a: one S6 layer learns another")
+    axes.set_title(TITLE)

@@ -9,6 +9,7 @@ from typing import Any
 from quality_parts.jobs import Found, Job, Options, Results, finite, spread, table
 from quality_parts.runs import fine_tune, train_base
 
+TITLE = "c. Gradient norm by rank"
 METHODS = {"LoRA": False, "rsLoRA": True}
 TARGETS = {"gla": ["q_proj", "v_proj", "o_proj"], "mamba": ["in_proj", "out_proj"]}
 """Projections without a side smaller than the largest rank."""
@@ -141,4 +142,4 @@ def draw(axes: Any, done: Results, options: Options) -> None:
             axes.plot(*zip(*points, strict=True), "o-", label=method)
     axes.set_xlabel("rank")
     axes.set_ylabel("gradient norm of A and B")
-    axes.set_title("c: rank")
+    axes.set_title(TITLE)

@@ -13,6 +13,7 @@ from quality_parts.runs import LORA_TARGETS, fine_tune, train_base
 from ssm_train.checkpoint import write_atomically
 from ssm_train.data.tasks.quickstart import BASE_SIZES, FIELDS, NEW_WORDING
 
+TITLE = "b. Steps to a loss on a new task"
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "PiSSA": {"init_lora_weights": "pissa"},
@@ -238,4 +239,4 @@ def draw(axes: Any, done: Results, options: Options) -> None:
                     axes.plot(steps, losses, style, color=f"C{column}", lw=1, label=label)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("held-out loss (nats per token)")
-    axes.set_title("b: a new task")
+    axes.set_title(TITLE)

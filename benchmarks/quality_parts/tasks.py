@@ -17,6 +17,7 @@ from ssm_train.data.sources import find_source
 from ssm_train.data.tasks.text import linearise
 from ssm_train.errors import InputError
 
+TITLE = "d. SST-2 and DART"
 LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 METHODS: dict[str, dict[str, dict[str, Any] | None]] = {
     "none": {"gla": None, "mamba": None},
@@ -225,10 +226,23 @@ def describe(done: Results, options: Options) -> str:
                 if found := [done[job] for job in jobs if job in done]:
                     rows.append([family, method, f"{rate:g}", *summarise(method, found)])
         header = ["base", "method", "learning rate", "trained", "validation", "test", "seconds"]
-        texts.append(
-            f"{task}, {TASKS[task].metric}:\n\n" + table([*header, "tokens/s", "GiB"], rows)
-        )
+        texts.append(f"{task}, {TASKS[task].metric}. {describe_bases(task, done, options)}")
+        texts.append(table([*header, "tokens/s", "GiB"], rows))
     return "\n\n".join(texts)
+
+
+def describe_bases(task: str, done: Results, options: Options) -> str:
+    jobs = [base_job(family, task, options) for family in options.families]
+    bases = [
+        f"{job['family']} of {done[job]['parameters'] / 1e6:.2f} M parameters "
+        f"(loss {done[job]['loss']:.3g} on the validation texts)"
+        for job in jobs
+        if job in done
+    ]
+    return (
+        f"The bases are no published models: {' and '.join(bases)}, trained from nothing on the "
+        f"texts of the training split for {jobs[0]['steps']} steps. Method none is the base."
+    )
 
 
 def summarise(method: str, found: list[Found]) -> list[str]:
@@ -264,4 +278,4 @@ def draw(axes: Any, done: Results, options: Options) -> None:
         axes.plot([], [], "o^sv"[column % 4], color=f"C{column}", label=f"{family} {task}")
     axes.set_xlabel("share of parameters that train")
     axes.set_ylabel("test: accuracy in percent, or BLEU")
-    axes.set_title("d: SST-2 and DART")
+    axes.set_title(TITLE)

@@ -4,6 +4,7 @@ the first one stopped, and what picks learning rates and reads curves is right."
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def call(out: Path, *arguments: str) -> str:
 def tables(markdown: str) -> list[list[list[str]]]:
     """Tables, their rows, their cells; without the line of dashes."""
     found = []
-    for block in markdown.strip().split("\n\n"):
+    for block in re.findall(r"(?:^\|.*\n)+", markdown, re.M):
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
         assert set(rows[1]) == {"---"}, rows[1]
         found.append([rows[0], *rows[2:]])
