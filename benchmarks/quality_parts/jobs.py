@@ -124,7 +124,7 @@ def sweep(
     rates: Sequence[float],
     cost: Callable[[Found], Any],
 ) -> tuple[list[Job], float | None]:
-    """The learning rate with the least cost (what it returns is compared), or the jobs that are missing to know it.
+    """The learning rate with the least cost, or the jobs that are missing to know it.
 
     Where the best rate is the lowest or the highest one, the next one beyond is tried too, so
     that no method is held back by the grid.
