@@ -16,6 +16,7 @@ from ssm_train.checkpoint import checkpoint_path, list_checkpoints, load_checkpo
 from ssm_train.config import RunConfig, load_config
 from ssm_train.errors import InputError
 from ssm_train.generate import generate_text
+from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import load_peft
 from ssm_train.record import MARKER, recorded_peft
 
@@ -60,9 +61,11 @@ def open_run(
         return cfg, adapter, prepared, base
     peft = load_peft(recorded_peft(run_dir) or cfg.peft, cfg.peft_overrides.given())
     method = peft.make() if peft else None
-    if method:
-        method.inject(prepared)
     found = load_checkpoint(find_checkpoint(run_dir, checkpoint))
+    if isinstance(method, SdLoraMethod):
+        method.begin_training(prepared)
+    elif method:
+        method.inject(prepared)
     snapshot.load_parameters(prepared.model, found.tensors["trainable"])
     if method and "base" in found.tensors:
         method.restore_base(prepared.model, found.tensors["base"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -145,7 +146,12 @@ def merged_card(
 
 def base_line(name: str) -> str:
     """`base_model: ...` for the card's header, if the base is a hub id; hubs refuse paths."""
-    return f"base_model: {name}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+    return f"base_model: {name}\n" if is_hub_id(name) else ""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a base is named by its owner and its name on a hub, not by a directory."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def one_line(text: str) -> str:

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ssm_train.adapters.base import Traits
 from ssm_train.adapters.common import matches
 from ssm_train.adapters.slices import SlicedLinear
 from ssm_train.errors import InputError
-from ssm_train.peft.cards import adapter_card
+from ssm_train.peft.cards import adapter_card, is_hub_id
 from ssm_train.peft.lora import CHANGES_BASE, lora_layers, quiet_peft
 from ssm_train.peft.registration import SSM_LORA
 from ssm_train.peft.tuner import OwnConfig, own_layers
@@ -86,6 +87,7 @@ def load_adapter(model: nn.Module, directory: str | Path, is_trainable: bool = F
     register()
     directory = Path(directory)
     tensors = read_adapter(directory)
+    _check_base(model, directory)
     try:
         with quiet_peft():
             loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
@@ -103,6 +105,27 @@ def load_adapter(model: nn.Module, directory: str | Path, is_trainable: bool = F
     for name, tensor in tensors.items():
         assert torch.equal(reached[name].to(tensor), tensor), name
     return loaded
+
+
+def _check_base(model: Any, directory: Path) -> None:
+    """Raises InputError where hub names or commits say that the model is another base. Local
+    directories say nothing: they are copied and renamed."""
+    written = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    config = getattr(model, "config", None)
+    base, given = written.get("base_model_name_or_path"), getattr(config, "_name_or_path", None)
+    hub_ids = [name for name in (base, given) if name and is_hub_id(name)]
+    if len(set(hub_ids)) > 1:
+        raise InputError(
+            f"{directory} is an adapter for {base}, and this model is {given}; load it onto its "
+            f"own base, or change base_model_name_or_path in its {CONFIG} if they are the same"
+        )
+    trained, loaded = written.get("revision"), getattr(config, "_commit_hash", None)
+    commits = [commit for commit in (trained, loaded) if re.fullmatch("[0-9a-f]{40}", commit or "")]
+    if len(set(commits)) > 1:
+        raise InputError(
+            f"{directory} was trained on revision {trained} of {base}, and this model is revision "
+            f"{loaded}; load the base with revision={trained!r}"
+        )
 
 
 def _store_saved_modules_in_fp32(model: nn.Module) -> None:

@@ -281,6 +281,13 @@ def test_card_and_loading_mistakes(tmp_path):
         load_adapter(make_stock("mamba"), tmp_path / "nothing")
     with pytest.raises(InputError, match="does not fit this base model"):
         load_adapter(make_stock("mamba2"), tmp_path / "adapter")
+    other = make_stock("mamba", time_step_rank=4)
+    with pytest.raises(InputError, match="does not fit this base model: .*size mismatch"):
+        load_adapter(other, tmp_path / "adapter")
+    other = make_stock("mamba")
+    other.config._name_or_path = "someone/else"
+    with pytest.raises(InputError, match="for someone/base, and this model is someone/else; load"):
+        load_adapter(other, tmp_path / "adapter")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(weights)
     tensors.pop(next(name for name in tensors if "out_proj" in name))
@@ -290,6 +297,22 @@ def test_card_and_loading_mistakes(tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(InputError, match="cannot be read"):
         load_adapter(make_stock("mamba"), tmp_path / "adapter")
+
+
+def test_another_revision_of_the_base_is_refused(tmp_path):
+    prepared = prepare("mamba")
+    method = inject(prepared)
+    export_adapter(
+        prepared.model, tmp_path, base_id="someone/base", traits=prepared.traits,
+        initial=method.initial, revision="a" * 40,
+    )  # fmt: skip
+    model = make_stock("mamba")
+    for commit in (None, "a" * 40):
+        model.config._commit_hash = commit
+        load_adapter(model, tmp_path).unload()
+    model.config._commit_hash = "b" * 40
+    with pytest.raises(InputError, match="trained on revision a{40} of someone/base, and this"):
+        load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -151,6 +151,8 @@ def test_the_exported_adapter_is_the_trained_model(finished):
     model, tokenizer = ssm_train.load_run(result.run_dir)
     ids = torch.tensor([[5, 9, 7, 6, 8, 11]])
     before = model(input_ids=ids).logits
+    again, _ = ssm_train.load_run(result.run_dir, checkpoint=str(result.best_step))
+    assert torch.equal(again(input_ids=ids).logits, before)
     with model.disable_adapter():
         assert not torch.allclose(model(input_ids=ids).logits, before, atol=1e-4)
 
