@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from ssm_train.evaluate import Evaluation
 from ssm_train.loop import Outcome, Schedule, Training, TrainState, plan_schedule, train
 from ssm_train.metrics import LOSSES, Progress
 from ssm_train.optim import build_optimizer, describe_rates, same_rate
-from ssm_train.peft.coverage import count_parameters, measure_coverage
+from ssm_train.peft.coverage import count_parameters
 from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.plot import plot_selection

@@ -188,7 +188,7 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
 
     def _forget(self, q: Tensor, k: Tensor, v: Tensor, forgotten: Tensor) -> tuple[Tensor, Tensor]:
         """Keys without the channels that have no memory, and what those contribute at their own
-        step, K ** -0.5 (q . k) v over them: a gate of minus infinity would do both, but overflow."""
+        step, K ** -0.5 (q . k) v over them; a gate of minus infinity does both, but overflows."""
         mask = self._heads(forgotten, self.head_k_dim)  # [H, K]
         mask = mask.repeat_interleave(self.num_kv_groups, dim=0)
         weight = (q.float() * k.float() * mask).sum(-1, keepdim=True) * self.head_k_dim**-0.5
