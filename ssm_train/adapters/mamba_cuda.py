@@ -23,6 +23,7 @@ REPAIR = (
     "mamba-ssm causal-conv1d; or set kernels: reference"
 )
 RESET = 1e6  # a step size after which exp(dt * A) is exactly 0 in fp32
+STATE_STEP = 2.0**-40  # one that decays nothing, and by which a state is divided exactly
 
 
 def available(device: str | torch.device) -> bool:
@@ -60,27 +61,30 @@ def selective_scan_cuda(
 ) -> tuple[Tensor, Tensor | None]:
     """`kernels.selective_scan`, by mamba_ssm's kernel, in fp32 (it wants one dtype for u and dt).
 
-    The kernel has no initial state: steps that go on from one take the plain path. It has no
-    documents either: a separator of input 0 and a huge step size between two of them empties the
-    state exactly, as exp(-1e6) is 0. It takes B and C for groups of channels, as many for both:
-    one or d here.
+    The kernel has no initial state: n steps of a tiny size before the first token, of which step j
+    writes the column j of the state and decays nothing, make one. It has no documents either: a
+    separator of input 0 and a huge step size between two of them empties the state exactly, as
+    exp(-1e6) is 0. It takes B and C for groups of channels, as many for both: one or d here.
     """
     options: dict[str, Any] = {"D": D, "z": z, "output_final_state": output_final_state}
-    if initial_state is not None:
-        options |= {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
-        return selective_scan(u, dt, A, B, C, **options)
+    if initial_state is not None and u.shape[1] == 1:  # decoding, token by token
+        return selective_scan(u, dt, A, B, C, initial_state=initial_state, **options)
     assert not (output_final_state and cu_seqlens is not None), "packed rows have no cache"
     dtype, places = u.dtype, None
     if max(B.ndim, C.ndim) == 4:
         B, C = (x if x.ndim == 4 else x[:, :, None].expand(*u.shape, -1) for x in (B, C))
     inputs = [x.float() for x in (u, dt, B, C, *([] if z is None else [z]))]
-    if cu_seqlens is not None:
-        places = separated(cu_seqlens, u.shape[1])
-        length = u.shape[1] + cu_seqlens.numel() - 2
+    if cu_seqlens is not None or initial_state is not None:
+        states = 0 if initial_state is None else A.shape[1]
+        places, starts, length = lay_out(cu_seqlens, u.shape[1], states, u.device)
         inputs = [
-            x.new_full((1, length, *x.shape[2:]), RESET if i == 1 else 0.0).index_copy(1, places, x)
+            x.new_full((len(x), length, *x.shape[2:]), RESET if i == 1 else 0.0).index_copy(
+                1, places, x
+            )
             for i, x in enumerate(inputs)
         ]
+        if initial_state is not None:
+            inputs[:3] = write_states(*inputs[:3], initial_state, starts)
     u, dt, B, C, *gate = (x.movedim(1, -1).contiguous() for x in inputs)  # [B, ..., T]
     result = load_kernel(SCAN, "selective_scan_fn")(
         u, dt, A, B, C, D, gate[0] if gate else None, return_last_state=output_final_state
@@ -90,10 +94,35 @@ def selective_scan_cuda(
     return y.to(dtype), state
 
 
-def separated(cu_seqlens: Tensor, length: int) -> Tensor:
-    """[T] places of the tokens of a packed row in one with a separator between two documents."""
-    tokens = torch.arange(length, device=cu_seqlens.device)
-    return tokens + torch.searchsorted(cu_seqlens[1:-1], tokens.int(), right=True)
+def lay_out(
+    cu_seqlens: Tensor | None, length: int, states: int, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
+    """A row with `states` steps of our own before each document and a separator between two:
+    places of the tokens [T], places of the documents' first tokens [N], its length."""
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
+    documents = cu_seqlens.numel() - 1
+    tokens = torch.arange(length, device=device)
+    document = torch.searchsorted(cu_seqlens[1:-1], tokens.int(), right=True)
+    places = tokens + states + document * (states + 1)
+    return places, places[cu_seqlens[:-1].long()], length + states + (documents - 1) * (states + 1)
+
+
+def write_states(
+    u: Tensor, dt: Tensor, B: Tensor, state: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u, dt, B of a row laid out, with the steps before each document that make it start from
+    `state` [N, d, n] (N = 1: all of them)."""
+    n, rows, documents = state.shape[-1], len(u), len(starts)
+    places = (starts[:, None] - n + torch.arange(n, device=u.device)).flatten()
+    columns = state.float().mT.expand(rows * documents, -1, -1).reshape(rows, -1, u.shape[-1])
+    unit = torch.eye(n, device=u.device).repeat(documents, 1)  # [N * n, n]
+    unit = unit if B.ndim == 3 else unit[:, None]
+    return (
+        u.index_copy(1, places, columns / STATE_STEP),
+        dt.index_fill(1, places, STATE_STEP),
+        B.index_copy(1, places, unit.expand(rows, -1, *B.shape[2:])),
+    )
 
 
 def ssd_triton(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ssm_train.adapters import mamba_cuda, registry
 from ssm_train.adapters.base import ModelSpec
-from ssm_train.adapters.mamba_cuda import selective_scan_cuda, separated
+from ssm_train.adapters.mamba_cuda import lay_out, selective_scan_cuda
 from ssm_train.kernels.selective_scan import selective_scan
 
 FAMILIES = {
@@ -18,13 +18,19 @@ FAMILIES = {
 }
 
 
-def test_separators_stand_between_documents():
-    cu_seqlens = torch.tensor([0, 2, 3, 6], dtype=torch.int32)
-    assert separated(cu_seqlens, 6).tolist() == [0, 1, 3, 5, 6, 7]
+def test_separators_and_states_stand_before_documents():
+    cu_seqlens, cpu = torch.tensor([0, 2, 3, 6], dtype=torch.int32), torch.device("cpu")
+    places, starts, length = lay_out(cu_seqlens, 6, 0, cpu)
+    assert (places.tolist(), starts.tolist(), length) == ([0, 1, 3, 5, 6, 7], [0, 3, 5], 8)
+    places, starts, length = lay_out(cu_seqlens, 6, 2, cpu)
+    assert (places.tolist(), starts.tolist(), length) == ([2, 3, 7, 11, 12, 13], [2, 7, 11], 14)
+    places, starts, length = lay_out(None, 3, 4, cpu)
+    assert (places.tolist(), starts.tolist(), length) == ([4, 5, 6], [4], 7)
 
 
-def scan_inputs(rows, per_channel, device="cpu"):
-    """Arguments of the scan; `per_channel`: which of B and C every channel has its own of."""
+def scan_inputs(rows, per_channel, device="cpu", states_given=0):
+    """Arguments of the scan; `per_channel`: which of B and C every channel has its own of;
+    `states_given`: initial states, none or one for all or one a row or document."""
     generator = torch.Generator().manual_seed(0)
     batch, length, channels, states = (1 if rows == "packed" else 2), 11, 6, 4
 
@@ -43,6 +49,8 @@ def scan_inputs(rows, per_channel, device="cpu"):
         "D": normal(channels),
         "z": normal(batch, length, channels),
     }
+    if states_given:
+        values["initial_state"] = 3 * normal(states_given, channels, states)
     values = {name: value.to(device).requires_grad_() for name, value in values.items()}
     if rows == "packed":
         cu_seqlens = torch.tensor([0, 4, 5, 11], dtype=torch.int32, device=device)
@@ -64,8 +72,8 @@ def loop_over_channels_first(u, dt, A, B, C, D, z, return_last_state):
     return (y, h) if return_last_state else y
 
 
-def assert_scans_agree(rows, per_channel, device="cpu"):
-    values, options = scan_inputs(rows, per_channel, device)
+def assert_scans_agree(rows, per_channel, device="cpu", states_given=0):
+    values, options = scan_inputs(rows, per_channel, device, states_given)
     results = []
     for scan in (selective_scan_cuda, selective_scan):
         y, state = scan(**values, **options)
@@ -86,16 +94,26 @@ def test_the_scan_s_kernel_gets_its_layout(rows, per_channel, monkeypatch):
     assert_scans_agree(rows, per_channel)
 
 
-def test_documents_stay_apart_where_they_start_from_a_state():
-    values, options = scan_inputs("packed", "")
-    state = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(1))
-    y, _ = selective_scan_cuda(**values, **options, initial_state=state)
-    alone = {
-        name: value[:, 5:] if name in ("u", "dt", "B", "C", "z") else value
-        for name, value in values.items()
-    }
-    expected, _ = selective_scan(**alone, initial_state=state)
-    assert relative_error(y[:, 5:], expected) < 1e-6
+each_state = pytest.mark.parametrize(
+    ("rows", "per_channel", "states_given"),
+    [("full", "", 1), ("full", "", 2), ("full", "BC", 1), ("packed", "", 1), ("packed", "B", 3)],
+)
+
+
+@each_state
+def test_the_scan_s_kernel_starts_from_states(rows, per_channel, states_given, monkeypatch):
+    monkeypatch.setattr(mamba_cuda, "load_kernel", lambda *_: loop_over_channels_first)
+    assert_scans_agree(rows, per_channel, states_given=states_given)
+
+
+def test_a_channel_without_memory_forgets_its_state(monkeypatch):
+    """As SD_LORA makes them: A = -exp(69)."""
+    monkeypatch.setattr(mamba_cuda, "load_kernel", lambda *_: loop_over_channels_first)
+    values, options = scan_inputs("full", "", states_given=1)
+    values["A"] = values["A"].detach().index_fill(0, torch.tensor([2]), -1e30).requires_grad_()
+    results = [scan(**values, **options) for scan in (selective_scan_cuda, selective_scan)]
+    for got, expected in zip(*results, strict=True):
+        assert relative_error(got, expected) < 1e-5
 
 
 on_a_gpu = pytest.mark.skipif(
@@ -109,6 +127,13 @@ on_a_gpu = pytest.mark.skipif(
 @each_layout
 def test_the_scan_s_kernel_equals_reference(rows, per_channel):
     assert_scans_agree(rows, per_channel, "cuda")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@each_state
+def test_the_scan_s_kernel_with_states_equals_reference(rows, per_channel, states_given):
+    assert_scans_agree(rows, per_channel, "cuda", states_given)
 
 
 @pytest.mark.gpu
