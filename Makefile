@@ -1,13 +1,15 @@
 # make quickstart   fine-tune a tiny GLA and a tiny Mamba on the CPU
 # make test         lint, types and every test that needs no GPU
+# make matrix       write docs/support_matrix.md, or MATRIX_OUT, from its tests
 #
-# Both make .venv once and reuse it. Variables:
+# All make .venv once and reuse it. Variables:
 #   PYTHON       interpreter for .venv (3.11 to 3.13); one that already has torch lends it to .venv
 #   TORCH        what to install as torch when there is none
 #   TORCH_INDEX  package index for torch alone, e.g. one with CPU-only builds
 PYTHON ?= python3
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 TORCH_INDEX ?=
+MATRIX_OUT ?= docs/support_matrix.md
 RUN := .venv/bin/python
 
 export HF_HUB_OFFLINE ?= 1
@@ -15,10 +17,10 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait without spinning: on busy cores a spinning one takes the other's time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-unit test-oldest-peft lint clean help
+.PHONY: quickstart test test-unit test-oldest-peft matrix lint clean help
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -9
+	@sed -n 's/^# \?//p' Makefile | head -10
 
 quickstart: .venv/installed
 	@$(RUN) train.py --cfg cfg/quickstart/gla_lora.yaml --overwrite
@@ -38,6 +40,9 @@ test-oldest-peft: .venv/installed-dev
 	@PYTHONPATH=build/oldest-peft OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile \
 	    tests/integration/test_peft_*.py tests/integration/test_adapter_roundtrip.py \
 	    tests/integration/test_sd_lora_runs.py
+
+matrix: .venv/installed-dev
+	@MATRIX_OUT=$(MATRIX_OUT) OMP_NUM_THREADS=1 $(RUN) -m pytest tests/integration/test_peft_matrix.py
 
 lint: .venv/installed-dev
 	@echo "== ruff and mypy"
