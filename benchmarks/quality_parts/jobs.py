@@ -141,12 +141,17 @@ def sweep(
         tried = [best / SWEPT_FACTOR, *tried] if lower else [*tried, best * SWEPT_FACTOR]
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
+def spread(values: Sequence[float]) -> str:
     """`median (least to most)`, or the one value."""
-    middle = f"{median(values):.{digits}g}"
+    middle = number(median(values))
     if len(values) == 1:
         return middle
-    return f"{middle} ({min(values):.{digits}g} to {max(values):.{digits}g})"
+    return f"{middle} ({number(min(values))} to {number(max(values))})"
+
+
+def number(value: float) -> str:
+    """Three digits; what never came to an end is infinite."""
+    return f"{value:.3g}" if math.isfinite(value) else "never"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
