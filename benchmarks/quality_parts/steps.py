@@ -1,5 +1,5 @@
 """Part b: how many steps PiSSA, LoRA+ and LoRA-GA need to the loss that LoRA has after 500. Loss is
-held-out: all methods are measured by the same examples, and none gains by learning its own by heart.
+held-out: all methods are measured on the same examples, and none gains by heart.
 """
 
 from __future__ import annotations
