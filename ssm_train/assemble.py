@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,6 +39,7 @@ from ssm_train.errors import InputError, near
 from ssm_train.evaluate import Evaluation
 from ssm_train.generate import Autocast, create_decoder
 from ssm_train.metrics import LOSSES, count_records
+from ssm_train.peft.spec import TWO_STAGES, PeftSpec
 from ssm_train.record import MARKER, replace_directory
 
 FIXED_AT_START = (
@@ -75,6 +76,13 @@ def debug_config(cfg: RunConfig) -> RunConfig:
     share = max(1, DEBUG_EXAMPLES["train"] // int(os.environ.get("WORLD_SIZE", "1")))
     few = {"batch_size": min(cfg.batch_size, share), "gradient_accumulation_steps": 1}
     return cfg.model_copy(update={"num_epochs": 1.0, "max_steps": None, **few})
+
+
+def debug_peft(peft: PeftSpec) -> PeftSpec:
+    """A warm-up of one step, which a debug run has room for."""
+    if peft.peft_type not in TWO_STAGES:
+        return peft
+    return replace(peft, settings=peft.settings.model_copy(update={"num_warmup_it": 0}))
 
 
 def check_same_run(cfg: RunConfig, run_dir: Path) -> list[str]:

@@ -19,6 +19,7 @@ from ssm_train.generate import generate_text
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import load_peft
 from ssm_train.record import MARKER, recorded_peft
+from ssm_train.summary import WARMUP
 
 if TYPE_CHECKING:
     from ssm_train.peft.merge import FileFormat
@@ -37,6 +38,12 @@ def open_run(
     run_dir: Path, checkpoint: str, device: str, **changes: Any
 ) -> tuple[RunConfig, ModelAdapter, Prepared, str | None]:
     """Config with `changes`, adapter, model and the base's id. Nothing is written."""
+    begun = list_checkpoints(run_dir) or (run_dir / "adapter").is_dir()
+    if (run_dir / WARMUP).is_dir() and not begun:
+        raise InputError(
+            f"{run_dir} stopped in its warm-up, after which its training begins; go on with "
+            "--resume"
+        )
     base = recorded_base(run_dir)
     cfg, _ = load_config(run_dir / MARKER, {"model": json.dumps(base)} if base else None)
     cfg = cfg.model_copy(update={"device": device, **changes})

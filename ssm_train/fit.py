@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Ready:
     evaluations: Mapping[str, Evaluation]  # by split
     found: Checkpoint | None  # where a resumed run goes on, in the stage that it is in
     notes: list[str]
+    stop: distributed.StopFlag = field(default_factory=distributed.StopFlag)
+    """Set by signals from when `run_in` enters it, through all stages."""
 
     @property
     def schedule(self) -> Schedule:
@@ -98,7 +100,6 @@ class Stage:
     checkpoints: RunCheckpoints
     state: TrainState
     log: RunLog
-    stop: distributed.StopFlag
 
     def evaluate(self, step: int, split: str = "val") -> dict[str, float]:
         """All ranks. Metrics of a split, which the log gets too."""
@@ -125,7 +126,7 @@ class Stage:
                 main_metric=main_metric,
                 higher_is_better=main_metric not in LOSSES,
                 least_metric=dict(least_metric),
-                stop=self.stop,
+                stop=ready.stop,
             ),
             self.state,
         )
@@ -151,7 +152,6 @@ def open_stage(
     distributed.seed_everything(cfg.seed + distributed.rank())  # dropout differs between ranks
     state = checkpoints.restore(ready.found) if ready.found else TrainState()
     with ExitStack() as stack:
-        stop = stack.enter_context(distributed.StopFlag())
         bar = Progress(schedule.total_steps, state.step, distributed.is_main())
         for line in [*lines, *describe_rates(optimizer)]:
             bar.say(line)
@@ -163,14 +163,15 @@ def open_stage(
             trackers=cfg.trackers, config=cfg.model_dump(), step=state.step, tokens=state.tokens,
         )  # fmt: skip
         stack.callback(log.close)
-        yield Stage(ready, schedule, bare, model, prepared_optimizer, checkpoints, state, log, stop)
+        yield Stage(ready, schedule, bare, model, prepared_optimizer, checkpoints, state, log)
 
 
 def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | None:
     """All ranks. The first stage, then the choice, after which the model stands at the start of the
     last stage. Returns how it ended where that is too early."""
-    method = ready.subject.method
+    method, scaler = ready.subject.method, ready.accelerator.scaler
     assert isinstance(method, SdLoraMethod)
+    fresh_scaler = scaler.state_dict() if scaler else None
     schedule = replace(ready.schedule, total_steps=method.warmup_steps)
     lines = [*lines, f"warm-up of {schedule.total_steps:,} steps"]
     began = time.perf_counter()
@@ -187,9 +188,11 @@ def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | No
         return result
     selection = distributed.gather_objects([method.select(stage.bare)])[0]
     if distributed.is_main():  # rank 0
-        selection.write(ready.run_dir, method.settings.model_dump(exclude_defaults=True))
+        selection.write(ready.run_dir, method.record())
         plot_selection(selection, ready.run_dir / "selection.png")
     ready.accelerator.free_memory()
+    if scaler:
+        scaler.load_state_dict(fresh_scaler)
     ready.found = None
     distributed.seed_everything(ready.cfg.seed)
     method.begin_training(ready.subject.prepared, selection)

@@ -106,6 +106,11 @@ def _read_spec(peft_json_path: str | None) -> PeftSpec | None:
 
 
 def _with_embedding(peft: PeftSpec) -> PeftSpec:
+    if peft.peft_type != "LORA":
+        raise InputError(
+            f"is_custom_tokenizer: {peft.peft_type} cannot train the new embedding too; use LORA, "
+            "or train the base on the tokenizer first"
+        )
     saved = [*(getattr(peft.settings, "modules_to_save", None) or []), "embeddings"]
     return replace(peft, settings=peft.settings.model_copy(update={"modules_to_save": saved}))
 

@@ -129,7 +129,7 @@ def read_run(run_dir: Path) -> Row:
         metric = result["main_metric"]
         return Row(
             *which,
-            result["outcome"],
+            result["outcome"] + (" in its warm-up" if result.get("stage") == "warmup" else ""),
             result["steps"],
             metric,
             result["metrics"].get(metric),

@@ -138,7 +138,8 @@ def print_summary(result: Result, say: Any) -> None:
         rows.append(("plot", str(plot_metrics([stage_dir], stage_dir / "metrics.png"))))
     if (run_dir / "selection.png").is_file():
         rows.append(("dimensions", f"{run_dir}/selection.png, selection.json"))
-    rows.append(("record", f"{run_dir}/cfg.yaml, environment.json, metrics.jsonl, {RESULT}"))
+    log = "metrics.jsonl" if stage_dir == run_dir else f"{WARMUP}/metrics.jsonl"
+    rows.append(("record", f"{run_dir}/cfg.yaml, environment.json, {log}, {RESULT}"))
     if result.exported:
         rows += [
             (result.exported.name, str(result.exported)),

@@ -20,6 +20,7 @@ from ssm_train.assemble import (
     check_same_run,
     choose_main_metric,
     debug_config,
+    debug_peft,
     describe_measures,
     find_splits,
     keep_new_base,
@@ -42,6 +43,7 @@ from ssm_train.errors import InputError
 from ssm_train.fit import Ready, fit, warm_up
 from ssm_train.lock import check_free, own
 from ssm_train.metrics import check_trackers
+from ssm_train.optim import lr_at
 from ssm_train.peft.coverage import measure_coverage
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import PeftSpec, load_peft
@@ -93,6 +95,8 @@ def run_in(
     task = check_data(cfg, splits)
     main_metric = choose_main_metric(cfg, task)
     peft = load_peft(cfg.peft, cfg.peft_overrides.given(), provenance)
+    if cfg.debug and peft:
+        peft = debug_peft(peft)
     if cfg.resume and peft:
         check_peft(run_dir, peft.dump())
     if (unfinished := train_base(cfg)) is not None:
@@ -102,10 +106,11 @@ def run_in(
     lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
     lines += [*changes, *ready.notes]
     result = None
-    if ready.warms_up:
-        result = warm_up(ready, main_metric, lines)
-        lines = [str(measure_coverage(ready.subject.prepared.model))]
-    result = result or fit(ready, main_metric, lines)
+    with ready.stop:
+        if ready.warms_up:
+            result = warm_up(ready, main_metric, lines)
+            lines = [str(measure_coverage(ready.subject.prepared.model))]
+        result = result or fit(ready, main_metric, lines)
     distributed.barrier()
     return result
 
@@ -132,8 +137,8 @@ def get_ready(
     method, prepared = subject.method, subject.prepared
     order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)
     ready = Ready(run_dir, cfg, accelerator, subject, base, data, order, {}, found, notes)
-    if isinstance(method, SdLoraMethod):
-        check_warmup(method.warmup_steps, ready.schedule.total_steps)
+    if isinstance(method, SdLoraMethod) and ready.warms_up:
+        check_warmup(cfg, method.warmup_steps, ready.schedule.total_steps)
     if method and found and "base" in found.tensors:  # a resumed run takes its checkpoint's
         method.restore_base(prepared.model, found.tensors["base"])
     elif method and not found:
@@ -161,12 +166,18 @@ def begin(
     if method and inject:
         method.inject(prepared)
     if isinstance(method, SdLoraMethod) and cfg.resume:
-        found, notes = find_resume_point(run_dir / WARMUP)
+        found, more = find_resume_point(run_dir / WARMUP)
+        notes = [*notes[:-1], *(f"warm-up: {note}" for note in more)]
     return found, notes
 
 
-def check_warmup(warmup_steps: int, total_steps: int) -> None:
-    """Raises InputError for a warm-up that the run is too short for."""
+def check_warmup(cfg: RunConfig, warmup_steps: int, total_steps: int) -> None:
+    """Raises InputError for a warm-up that the run is too short for, or that moves nothing."""
+    if warmup_steps == 1 and lr_at(0, total_steps, cfg) == 0:
+        raise InputError(
+            "num_warmup_it 0: the learning rate of the only step of this warm-up is 0; raise it, "
+            "or set warmup_steps and warmup_ratio to 0"
+        )
     if warmup_steps > total_steps:
         raise InputError(
             f"num_warmup_it {warmup_steps - 1}: a warm-up of {warmup_steps} optimizer steps is "

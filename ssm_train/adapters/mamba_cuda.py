@@ -84,7 +84,8 @@ def selective_scan_cuda(
             for i, x in enumerate(inputs)
         ]
         if initial_state is not None:
-            inputs[:3] = write_states(*inputs[:3], initial_state, starts)
+            u, dt, B, *others = inputs
+            inputs = [*write_states(u, dt, B, initial_state, starts), *others]
     u, dt, B, C, *gate = (x.movedim(1, -1).contiguous() for x in inputs)  # [B, ..., T]
     result = load_kernel(SCAN, "selective_scan_fn")(
         u, dt, A, B, C, D, gate[0] if gate else None, return_last_state=output_final_state

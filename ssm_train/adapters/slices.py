@@ -37,7 +37,11 @@ class SlicedLinear(nn.Module):
         """The whole layer again, once no slice is wrapped by an adapter."""
         parts: list[Any] = list(self.children())
         weight = torch.cat([part.weight.data for part in parts])
-        bias = None if parts[0].bias is None else torch.cat([part.bias.data for part in parts])
+        bias = None
+        if any(part.bias is not None for part in parts):  # BITFIT may have given one to a slice
+            none = [part.weight.new_zeros(len(part.weight)) for part in parts]
+            found = [n if p.bias is None else p.bias.data for p, n in zip(parts, none, strict=True)]
+            bias = torch.cat(found)
         return make_linear(type(parts[0]), weight, bias, parts[0].weight.requires_grad)
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssm_train.peft.tuner import OwnLayer, OwnTuner, SiteLayer, find_sites, zeros
+from ssm_train.peft.layers import OwnLayer, SiteLayer, zeros
+from ssm_train.peft.tuner import OwnTuner, find_sites
 from ssm_train.settings import Settings
 
 
@@ -56,6 +57,9 @@ class AdditionalScanLayer(SiteLayer):
             torch.cat([B, more_B], -1),
             torch.cat([C, more_C], -1),
         )
+
+    def obstacle(self, adapter: str) -> str | None:
+        return None
 
     def fold(self, adapter: str, sign: int) -> None:
         """The layer becomes one with n + k states, in its weights and in the configuration."""

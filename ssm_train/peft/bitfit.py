@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ssm_train.adapters.common import CausalConv1d
 from ssm_train.adapters.slices import cut_slices
 from ssm_train.errors import InputError, near
-from ssm_train.peft.tuner import DeltaLayer, OwnLayer, OwnTuner, bare_modules, zeros
+from ssm_train.peft.layers import DeltaLayer, OwnLayer, zeros
+from ssm_train.peft.tuner import OwnTuner, bare_modules
 from ssm_train.settings import Settings
 
 BIASED = (nn.Linear, CausalConv1d)
@@ -39,7 +40,8 @@ class BitFitModel(OwnTuner):
     settings_class = BitFitSettings
 
     def choose(self, settings: BitFitSettings, model: nn.Module) -> dict[str, type[OwnLayer]]:
-        cut_slices(model, lambda name: name.rpartition(".")[2] in (settings.target_modules or []))
+        targets = settings.target_modules or []
+        cut_slices(model, lambda name: any(f".{name}".endswith(f".{t}") for t in targets))
         modules: dict[str, Any] = {
             name: module
             for name, module in bare_modules(model).items()

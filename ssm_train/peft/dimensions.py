@@ -47,7 +47,8 @@ class Division:
 
 
 def divide(size: int, freeze: Share, zero: Share, what: str) -> Division:
-    """Fractions count as round(f * size); the rest trains. Raises InputError where none is left."""
+    """`size` indices of `what`: fractions count as round(f * size), and the rest trains. Raises
+    InputError where none is left."""
     frozen, zeroed = (round(x * size) if isinstance(x, float) else x for x in (freeze, zero))
     if frozen + zeroed >= size:
         raise InputError(
@@ -62,7 +63,7 @@ class Choice:
     """The dimensions of one layer. Indices are in rising order."""
 
     score: Tensor  # [d] how far the warm-up moved each channel: squared, summed over its states
-    channels: Tensor  # [C] int64, those that train
+    channels: Tensor  # [C] int64, those that train (Mamba-2: heads)
     states: Tensor | None  # [C, S] int64, the states of each of them that train; None: no states
     zeroed: Tensor  # [Z] int64, channels without memory
 
@@ -122,6 +123,6 @@ def choose(moved: Tensor, channels: Division, states: Division | None) -> Choice
     return Choice(score, trained, chosen, zeroed)
 
 
-def blank(*shape: int, like: Tensor) -> Tensor:
-    """Indices that are not chosen yet: -1."""
+def undecided_indices(*shape: int, like: Tensor) -> Tensor:
+    """int64 indices of this shape that are not chosen yet: -1."""
     return torch.full(shape, -1, dtype=torch.int64, device=like.device)

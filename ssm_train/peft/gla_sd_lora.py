@@ -9,9 +9,11 @@ from torch import nn
 
 from ssm_train.errors import InputError
 from ssm_train.peft.dimensions import Counts
-from ssm_train.peft.sd_lora import SdLoraModel, SdLoraSettings
+from ssm_train.peft.layers import OwnLayer
+from ssm_train.peft.sd_lora import SdLoraModel
+from ssm_train.peft.sd_lora_settings import SdLoraSettings
 from ssm_train.peft.sparse import ForgetLayer, ProjectionLayer, is_target
-from ssm_train.peft.tuner import OwnLayer, bare_modules
+from ssm_train.peft.tuner import bare_modules
 
 
 class GlaSdLoraSettings(SdLoraSettings):
@@ -48,7 +50,10 @@ class GlaSdLoraModel(SdLoraModel):
                 "use SD_LORA"
             )
         chosen: dict[str, type[OwnLayer]] = dict.fromkeys(found, ProjectionLayer)
-        if settings.stage == "train" and settings.zeroed_channels:
+        gate = model.get_submodule(found[0])
+        gate = getattr(gate, "base_layer", gate)
+        zeroed = settings.divide_channels(len(gate.weight), "key channels").zero  # type: ignore[arg-type]
+        if settings.stage == "train" and zeroed:
             sites = [place for place in places if is_target(place, ["forgotten"])]
             chosen |= dict.fromkeys(sites, ForgetLayer)
         return chosen

@@ -9,7 +9,8 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from ssm_train.peft.tuner import OwnLayer, OwnTuner, SiteLayer, find_sites
+from ssm_train.peft.layers import OwnLayer, SiteLayer
+from ssm_train.peft.tuner import OwnTuner, find_sites
 from ssm_train.settings import Settings
 
 RANDOM_STD = 0.1

@@ -11,14 +11,8 @@ from torch import Tensor, nn
 
 from ssm_train.adapters.slices import cut_slices
 from ssm_train.errors import InputError, near
-from ssm_train.peft.tuner import (
-    DeltaLayer,
-    OwnLayer,
-    OwnTuner,
-    SiteLayer,
-    bare_modules,
-    zeros,
-)
+from ssm_train.peft.layers import DeltaLayer, OwnLayer, SiteLayer, zeros
+from ssm_train.peft.tuner import OwnTuner, bare_modules
 from ssm_train.settings import Settings
 
 SITE_OF = {"A_log": "log_decay", "D": "skip", "dt_bias": "step_bias"}
@@ -61,6 +55,9 @@ class SiteDelta(SiteLayer):
     def change(self, adapter: str, value: Any, *context: Tensor) -> Tensor:
         return value + self.values[adapter]["delta"]
 
+    def obstacle(self, adapter: str) -> str | None:
+        return None
+
     def fold(self, adapter: str, sign: int) -> None:
         getattr(self.owner, self.parameter_name).data += sign * self.values[adapter]["delta"].data
 
@@ -72,7 +69,7 @@ class LayerFreezeModel(OwnTuner):
 
     def choose(self, settings: LayerFreezeSettings, model: nn.Module) -> dict[str, type[OwnLayer]]:
         entries = settings.trainable_layers
-        cut_slices(model, lambda name: name.rpartition(".")[2] in entries)
+        cut_slices(model, lambda place: names_parameter(place, entries))
         modules = bare_modules(model)
         parameters = {
             f"{place}.{name}": parameter
@@ -99,6 +96,11 @@ class LayerFreezeModel(OwnTuner):
             site = f"{place}.{SITE_OF.get(last)}"
             chosen |= {site: SiteDelta} if site in modules else {place: ModuleDelta}
         return chosen
+
+
+def names_parameter(place: str, entries: list[str]) -> bool:
+    """Whether an entry names a parameter of the linear layer of this name."""
+    return any(is_named(f"{place}.{name}", entries) for name in ("weight", "bias"))
 
 
 def is_named(name: str, entries: list[str]) -> bool:

@@ -18,6 +18,7 @@ from ssm_train.errors import InputError
 from ssm_train.peft.cards import merged_card
 from ssm_train.peft.export import needs_ssm_lora
 from ssm_train.peft.lora import lora_layers
+from ssm_train.peft.tuner import own_layers
 
 PROBE_SHAPE = (2, 67)
 FileFormat = Literal["transformers", "mamba_ssm"]
@@ -63,6 +64,8 @@ def merge_adapter(
             warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
             warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
             merged = peft_model.merge_and_unload(safe_merge=True)
+    except InputError:  # a layer's own
+        raise
     except ValueError as error:  # PEFT's check that merged weights are finite
         raise InputError(f"the adapter cannot be merged: {error}") from error
     difference = _difference(_logits(merged, probe), before)
@@ -128,9 +131,9 @@ def _untie(model: nn.Module) -> None:
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    for layer in lora_layers(model).values():
+    for layer in (*lora_layers(model).values(), *own_layers(model).values()):
         base = layer.get_base_layer()
-        if owners[id(base.weight)] > 1:
+        if owners.get(id(getattr(base, "weight", None)), 0) > 1:
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
 
 

@@ -11,9 +11,9 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
-from ssm_train.errors import InputError
 from ssm_train.peft.initial_state import Init, start
-from ssm_train.peft.tuner import OwnLayer, OwnTuner, SiteLayer, find_sites, zeros
+from ssm_train.peft.layers import OwnLayer, SiteLayer, zeros
+from ssm_train.peft.tuner import OwnTuner, find_sites
 from ssm_train.settings import Settings
 
 SITES = {"B": "input_matrix", "C": "output_matrix"}
@@ -109,15 +109,14 @@ class ParamTransformLayer(SiteLayer):
             value = value * (1 + scale)
         return value if bias is None else value + bias
 
-    def fold(self, adapter: str, sign: int) -> None:
-        """A scale for each state is one for each row of x_proj; nothing else fits a weight."""
+    def obstacle(self, adapter: str) -> str | None:
         settings = self.settings[adapter]
-        if settings.scale_shape != "n" or settings.bias_shape is not None:
-            raise InputError(
-                f"{self.place}: the adapter cannot be merged, because no weight of the model "
-                'computes the same; only "scale_shape": "n" without a bias can be, else keep it as '
-                "an adapter"
-            )
+        if settings.scale_shape == "n" and settings.bias_shape is None:
+            return None
+        return 'only a scale of shape "n", without a bias, fits rows of x_proj'
+
+    def fold(self, adapter: str, sign: int) -> None:
+        """A scale for each state is one for each row of x_proj."""
         mixer = self.owner
         rows = dict(zip(("dt", "B", "C"), mixer.slices["x_proj"].values(), strict=True))
         matrix = "B" if self.place.endswith(SITES["B"]) else "C"

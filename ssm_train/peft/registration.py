@@ -5,17 +5,15 @@ adapted matrix, and our own methods. The only file that extends PEFT's own table
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 
-from ssm_train.adapters.slices import cut_slices, join_slices
+from ssm_train.adapters.slices import join_slices
 from ssm_train.errors import InputError
 from ssm_train.peft.additional_scan import AdditionalScanModel
 from ssm_train.peft.affix_tuning import AffixTuningModel
@@ -26,6 +24,7 @@ from ssm_train.peft.layer_freeze import LayerFreezeModel
 from ssm_train.peft.param_transform import ParamTransformModel
 from ssm_train.peft.sd_lora import SdLoraModel
 from ssm_train.peft.state_offset import StateOffsetModel
+from ssm_train.peft.targets import cut_targets
 from ssm_train.peft.tuner import OwnConfig, make_config_class
 
 SSM_LORA = "SSM_LORA"
@@ -57,7 +56,7 @@ class SsmLoraModel(LoraModel):
                     "is another implementation; load the model through transformers' own class "
                     "(importing fla makes Auto classes choose fla's)"
                 )
-        cut_slices(model, partial(check_target_module_exists, peft_config))
+        cut_targets(model, peft_config)
 
     def _create_and_replace(  # type: ignore[no-untyped-def, override]
         self, lora_config, adapter_name, target: nn.Linear, *where, **options

@@ -13,9 +13,9 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ssm_train.errors import InputError
-from ssm_train.peft.dimensions import blank
+from ssm_train.peft.dimensions import undecided_indices
 from ssm_train.peft.layer_freeze import SiteDelta, is_named
-from ssm_train.peft.tuner import DeltaLayer, OwnLayer, SiteLayer, Values, zeros
+from ssm_train.peft.layers import DeltaLayer, OwnLayer, SiteLayer, Values, autocasts, zeros
 
 FORGETS = 69.0
 """log of -A in a channel without memory: exp(-dt exp(69)) is 0 in fp32 for every dt above 1e-28,
@@ -71,7 +71,7 @@ class ChosenLayer(OwnLayer):
         return indices
 
     def alpha(self, adapter: str) -> float:
-        return self.settings[adapter].alpha(self.place.rpartition(".")[2])
+        return self.settings[adapter].alpha(self.place)
 
     def moved(self, adapter: str) -> Tensor:
         """Squared movement in the warm-up, [channels, states or inputs]."""
@@ -83,6 +83,10 @@ class DecayLayer(ChosenLayer, SiteLayer):
     then with values on the chosen cells, and without memory in the zeroed channels."""
 
     prefix = "sd_lora_"
+
+    def __init__(self, base_layer: nn.Module, owner: nn.Module, place: str) -> None:
+        super().__init__(base_layer, owner, place)
+        self._unmerged: list[Tensor] = []
 
     @property
     def has_states(self) -> bool:  # type: ignore[override]
@@ -97,7 +101,7 @@ class DecayLayer(ChosenLayer, SiteLayer):
 
     def undecided(self, settings: Any) -> dict[str, Tensor]:
         A_log = self.owner.A_log
-        channels = settings.divide_channels(len(A_log))
+        channels = settings.divide_channels(len(A_log), "channels" if self.has_states else "heads")
         states = settings.divide_states(A_log.shape[1]) if self.has_states else None
         if channels.zero and states is None:
             raise InputError(
@@ -105,13 +109,18 @@ class DecayLayer(ChosenLayer, SiteLayer):
             )
         if settings.stage == "warmup":
             return {}
-        found = {"channels": blank(channels.train, like=A_log)}
+        found = {"channels": undecided_indices(channels.train, like=A_log)}
         if states is not None:
-            found["states"] = blank(channels.train, states.train, like=A_log)
-        return found | ({"zeroed": blank(channels.zero, like=A_log)} if channels.zero else {})
+            found["states"] = undecided_indices(channels.train, states.train, like=A_log)
+        return found | (
+            {"zeroed": undecided_indices(channels.zero, like=A_log)} if channels.zero else {}
+        )
 
     def alpha(self, adapter: str) -> float:
         return self.settings[adapter].alpha("A_log")
+
+    def obstacle(self, adapter: str) -> str | None:
+        return None
 
     def moved(self, adapter: str) -> Tensor:
         dense = self.values[adapter]["dense"].detach().square()
@@ -131,12 +140,13 @@ class DecayLayer(ChosenLayer, SiteLayer):
         return value
 
     def fold(self, adapter: str, sign: int) -> None:
+        """Taken out in the reverse order, values are what they were, in zeroed channels too."""
         A_log = self.owner.A_log
         if sign > 0:
-            self._before = A_log.data
+            self._unmerged.append(A_log.data)
             A_log.data = self.change(adapter, A_log.data).detach()
         else:
-            A_log.data = self._before
+            A_log.data = self._unmerged.pop().to(A_log.device)
 
 
 class ProjectionLayer(ChosenLayer, DeltaLayer):
@@ -176,7 +186,7 @@ class ProjectionLayer(ChosenLayer, DeltaLayer):
             return {}
         weight: Any = self.base_layer.weight
         channels = settings.divide_channels(weight.shape[self.axis])
-        return {"channels": blank(channels.train, like=weight)}
+        return {"channels": undecided_indices(channels.train, like=weight)}
 
     def moved(self, adapter: str) -> Tensor:
         return self.values[adapter]["dense"].detach().square()
@@ -193,16 +203,19 @@ class ProjectionLayer(ChosenLayer, DeltaLayer):
 
     def _add(self, adapter: str, x: Tensor, y: Any) -> Any:
         values, alpha = self.values[adapter], self.alpha(adapter)
+        if not autocasts(x):
+            x = x.float()
         if "lora_A" in values:
             dropped = F.dropout(x, self.settings[adapter].proj_lora_dropout, self.training)
             update = F.linear(F.linear(dropped, values["lora_A"]), values["lora_B"])
-            y = y + self.settings[adapter].lora_scale * update
+            y = y + (self.settings[adapter].lora_scale * update).to(y.dtype)
         if "dense" in values:
-            y = y + alpha * F.linear(x, values["dense"])
+            y = y + (alpha * F.linear(x, values["dense"])).to(y.dtype)
         if "cells" in values:
             channels = self.choice(adapter)["channels"]
             if self.axis == 1:
-                y = y + alpha * F.linear(x.index_select(-1, channels), values["cells"])
+                chosen = x.index_select(-1, channels)
+                y = y + (alpha * F.linear(chosen, values["cells"])).to(y.dtype)
             else:
                 rows = alpha * F.linear(x, values["cells"])
                 y = y.index_add(-1, channels, rows.to(y.dtype))
@@ -213,14 +226,16 @@ class ProjectionLayer(ChosenLayer, DeltaLayer):
         values, alpha = self.values[adapter], sign * self.alpha(adapter)
         weight: Any = self.base_layer.weight
         with torch.no_grad():
+            moved = weight.float()
             if "lora_A" in values:
                 scale = sign * self.settings[adapter].lora_scale
-                weight += scale * (values["lora_B"] @ values["lora_A"])
+                moved = moved + scale * (values["lora_B"] @ values["lora_A"])
             if "dense" in values:
-                weight += alpha * values["dense"]
+                moved = moved + alpha * values["dense"]
             if "cells" in values:
                 channels = self.choice(adapter)["channels"]
-                weight.index_add_(self.axis, channels, alpha * values["cells"])
+                moved = moved.index_add(self.axis, channels, alpha * values["cells"])
+            weight.copy_(moved)
 
 
 class ForgetLayer(ChosenLayer, SiteLayer):
@@ -233,7 +248,7 @@ class ForgetLayer(ChosenLayer, SiteLayer):
 
     def undecided(self, settings: Any) -> dict[str, Tensor]:
         zeroed = settings.divide_channels(self.owner.key_dim_per_group).zero
-        return {"zeroed": blank(zeroed, like=self.owner.q_proj.weight)}
+        return {"zeroed": undecided_indices(zeroed, like=self.owner.q_proj.weight)}
 
     def change(self, adapter: str, value: Any, *context: Tensor) -> Tensor:
         zeroed = self.choice(adapter)["zeroed"]

@@ -38,7 +38,7 @@ METHODS: dict[str, Method] = {"LORA": (LoraSettings, LoraMethod)} | {
 # What PEFT writes into every adapter_config.json; says nothing about how to train.
 BOOKKEEPING = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"),
-    *("revision", "runtime_config", "task_type"),
+    *("revision", "runtime_config", "task_type", "modules"),
 }
 
 OLD_NAMES = {"sdlora": "SD_LORA"}

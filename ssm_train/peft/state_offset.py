@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssm_train.peft.initial_state import Init, start
-from ssm_train.peft.tuner import OwnLayer, OwnTuner, SiteLayer, find_sites, zeros
+from ssm_train.peft.layers import OwnLayer, SiteLayer, zeros
+from ssm_train.peft.tuner import OwnTuner, find_sites
 from ssm_train.settings import Settings
 
 

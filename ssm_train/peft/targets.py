@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ssm_train.adapters.base import Traits
-from ssm_train.adapters.slices import cut_slices, find_slices, slice_names
+from ssm_train.adapters.slices import SlicedLinear, cut_slices, find_slices, slice_names
 from ssm_train.errors import InputError, near
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from ssm_train.peft.lora import LoraSettings
 
 ALL_LINEAR = "all-linear"
@@ -87,16 +89,35 @@ def _matcher(
     targets: list[str] | str, settings: LoraSettings, layers: list[int] | int | None
 ) -> Callable[[str], bool]:
     """Whether a module of a name is one of the targets in these layers, by PEFT's own rules."""
-    from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    config = LoraConfig(
+    config = _lora_config(targets, settings, layers)
+    return lambda name: bool(check_target_module_exists(config, name))
+
+
+def _lora_config(
+    targets: list[str] | str, settings: LoraSettings, layers: list[int] | int | None
+) -> LoraConfig:
+    from peft import LoraConfig
+
+    return LoraConfig(
         target_modules=targets,
         exclude_modules=settings.exclude_modules,
         layers_to_transform=layers,
         layers_pattern=None if layers is None else settings.layers_pattern,
     )
-    return lambda name: bool(check_target_module_exists(config, name))
+
+
+def cut_targets(model: nn.Module, config: Any) -> None:
+    """Cuts the layers of which a PEFT configuration names slices and which it does not exclude."""
+    from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+
+    def wanted(name: str) -> bool:
+        whole = check_target_module_exists(config, name.rpartition(".")[0])
+        excluded = isinstance(whole, _ExcludedModule)
+        return not excluded and bool(check_target_module_exists(config, name))
+
+    cut_slices(model, wanted)
 
 
 def rank_of(name: str, settings: LoraSettings) -> int:
@@ -154,7 +175,14 @@ def _cut_slices(model: nn.Module, targets: list[str] | str, settings: LoraSettin
                         f"target_modules: {name!r} is a slice of {linear}, which is a target as a "
                         "whole; name one of the two"
                     )
-    cut_slices(model, wanted)
+    cut_targets(model, _lora_config(targets, settings, settings.layers_to_transform))
+    for saved in settings.modules_to_save or []:
+        for name, module in model.named_modules():
+            if isinstance(module, SlicedLinear) and re.match(rf"(.*\.)?{saved}($|\..*)", name):
+                raise InputError(
+                    f"modules_to_save: {name} cannot train in full while LoRA sits on a slice of "
+                    "it; remove it from one of the two"
+                )
 
 
 def _check_modules_to_save(

@@ -1,27 +1,23 @@
 """What our own methods share inside Hugging Face PEFT: configurations made of their settings, and
-layers that hold their values by adapter name, at a mixer's site or around a whole module."""
+how their layers come into a model and out of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, ClassVar
 
-import torch
 from peft import PeftConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ssm_train.adapters.base import Batch, Prepared, TokenLosses
 from ssm_train.adapters.slices import join_slices
 from ssm_train.errors import InputError
+from ssm_train.peft.layers import OwnLayer
 from ssm_train.peft.lora import quiet_peft
 from ssm_train.settings import Settings
-
-Values = Mapping[str, Tensor]
-
 
 # ---------------------------------------------------------------- configurations
 
@@ -66,130 +62,6 @@ def make_config_class(tuner: type[OwnTuner]) -> type[OwnConfig]:
     made.__doc__ = tuner.settings_class.__doc__
     made.__module__ = __name__
     return made
-
-
-# ---------------------------------------------------------------- layers
-
-
-class OwnLayer(nn.Module, BaseTunerLayer):
-    """The values of one method around one module, by adapter name.
-
-    Methods say how values begin (`create`) and what they change (`change`).
-    """
-
-    prefix: str
-    """Begins the name of every parameter, which is how PEFT knows them."""
-
-    def __init_subclass__(cls) -> None:
-        if hasattr(cls, "prefix"):
-            cls.adapter_layer_names = (f"{cls.prefix}values",)
-
-    def __init__(self, base_layer: nn.Module, owner: nn.Module, place: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.place = place  # its name in the model
-        self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
-        self.settings: dict[str, Any] = {}
-        self.merged_adapters = []
-        self._owner = [owner]  # in a list: the owner is no part of its own part
-
-    def __getattr__(self, name: str) -> Any:
-        """What a layer does not have, its module has: `conv1d.kernel_size`."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
-
-    @property
-    def values(self) -> Any:
-        """adapter -> ParameterDict."""
-        return getattr(self, self.adapter_layer_names[0])
-
-    @property
-    def owner(self) -> Any:
-        """The module that has the base layer: a mixer, for sites."""
-        return self._owner[0]
-
-    def create(self, settings: Any) -> dict[str, Tensor]:
-        """The values at the start, fp32."""
-        raise NotImplementedError
-
-    def add(self, adapter: str, settings: Any) -> None:
-        values = {name: nn.Parameter(value) for name, value in self.create(settings).items()}
-        self.values[adapter] = nn.ParameterDict(values)
-        self.settings[adapter] = settings
-
-    def active(self) -> Iterator[str]:
-        """Adapters whose values count now: none where they are switched off or merged."""
-        if not self.disable_adapters and not self.merged:
-            yield from (name for name in self.active_adapters if name in self.values)
-
-    def fold(self, adapter: str, sign: int) -> None:
-        """Adds the values (`sign` 1) to weights, or takes them out again (-1).
-
-        Raises InputError where no weight can hold them.
-        """
-        raise InputError(
-            f"{self.place}: the adapter cannot be merged, because no weight of the model computes "
-            "the same; keep it as an adapter"
-        )
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter in self.values:
-                self.fold(adapter, 1)
-                self.merged_adapters.append(adapter)
-
-    def unmerge(self) -> None:
-        while self.merged_adapters:
-            self.fold(self.merged_adapters.pop(), -1)
-
-
-class SiteLayer(OwnLayer):
-    """A method at a site of a mixer: changes the value that passes."""
-
-    def forward(self, value: Any, *context: Tensor) -> Any:
-        value = self.base_layer(value, *context)
-        for adapter in self.active():
-            value = self.change(adapter, value, *context)
-        return value
-
-    def change(self, adapter: str, value: Any, *context: Tensor) -> Any:
-        raise NotImplementedError
-
-
-class DeltaLayer(OwnLayer):
-    """A module with some of its parameters moved: parameter + delta, by name.
-
-    The same optimizer steps as training the parameter itself, but the base stays as it is.
-    """
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        moved: dict[str, Tensor] = {}
-        for adapter in self.active():
-            for name, delta in self.deltas(adapter).items():
-                moved[name] = move(moved.get(name, getattr(self.base_layer, name)), delta)
-        if not moved:
-            return self.base_layer(*inputs, **options)
-        return functional_call(self.base_layer, moved, inputs, options)
-
-    def deltas(self, adapter: str) -> Values:
-        """Parameter of the module -> its delta: all values, unless a method has others too."""
-        return dict(self.values[adapter].items())
-
-    def fold(self, adapter: str, sign: int) -> None:
-        for name, delta in self.deltas(adapter).items():
-            parameter = getattr(self.base_layer, name)
-            moved = move(parameter, sign * delta)
-            stored = delta.dtype if parameter is None else parameter.dtype
-            setattr(self.base_layer, name, nn.Parameter(moved.to(stored), requires_grad=False))
-
-
-def move(parameter: Tensor | None, delta: Tensor) -> Tensor:
-    """parameter + delta in fp32; the delta alone where there is no parameter."""
-    return delta if parameter is None else parameter.to(delta.dtype) + delta
 
 
 # ---------------------------------------------------------------- injection
@@ -251,7 +123,15 @@ class OwnTuner(BaseTuner):
         return model
 
     def _check_merge_allowed(self) -> None:
-        """Each layer says whether its values can be folded into weights."""
+        """Raises InputError where a layer's values fit no weight, before any other is merged."""
+        for layer in own_layers(self.model).values():
+            for adapter in layer.active_adapters:
+                reason = layer.obstacle(adapter) if adapter in layer.values else None
+                if reason is not None:
+                    raise InputError(
+                        f"{layer.place}: the adapter cannot be merged, because {reason}; keep it "
+                        "as an adapter"
+                    )
 
 
 class OwnMethod:
@@ -315,8 +195,3 @@ def find_sites(model: nn.Module, site: str, method: str) -> list[str]:
             f"peft_type {method}: {family} models have no {site.replace('_', ' ')} to train"
         )
     return found
-
-
-def zeros(*shape: int, like: Tensor) -> Tensor:
-    """fp32, on the device of `like`."""
-    return torch.zeros(shape, dtype=torch.float32, device=like.device)

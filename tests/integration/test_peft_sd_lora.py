@@ -214,6 +214,99 @@ def test_merging_and_unmerging_gives_the_weights_back():
         torch.testing.assert_close(tensor, before[name])
 
 
+def test_two_adapters_merged_and_unmerged_give_the_weights_back():
+    prepared, _ = two_stages("mamba", **SMALL, num_zero={"channel": 5})
+    model, ids = prepared.model, tokens(1, 9)
+    config = CONFIGS["SD_LORA"](**SMALL | {"stage": "warmup"}, task_type="CAUSAL_LM")
+    model.add_adapter("second", config)
+    before = logits_of(model, ids)
+    A_log = {n: p.clone() for n, p in model.named_parameters() if n.endswith("A_log")}
+    model.merge_adapter(["default", "second"])
+    model.unmerge_adapter()
+    for name, tensor in A_log.items():
+        assert torch.equal(model.get_parameter(name), tensor)
+    assert relative_error(logits_of(model, ids), before) < 1e-6
+
+
+@pytest.mark.parametrize("peft_type", ["SD_LORA", "BITFIT", "ADDITIONAL_SCAN"])
+def test_a_merged_adapter_switched_off_is_out_of_the_weights(peft_type):
+    prepared, ids = prepare("mamba"), tokens(1, 9)
+    before = logits_of(prepared.model, ids)
+    settings = SMALL if peft_type == "SD_LORA" else {"peft_type": peft_type}
+    method: Any = load_peft(settings).make()
+    method.inject(prepared)
+    train_a_little(prepared.model)
+    trained = logits_of(prepared.model, ids)
+    prepared.model.merge_adapter()
+    assert relative_error(logits_of(prepared.model, ids), trained) < 1e-5
+    with prepared.model.disable_adapter():
+        assert relative_error(logits_of(prepared.model, ids), before) < 1e-5
+    assert relative_error(logits_of(prepared.model, ids), trained) < 1e-5
+
+
+def test_a_refused_merge_changes_nothing():
+    prepared, _ = two_stages("gla", peft_type="GLA_SD_LORA", proj_lora_r=2)
+    before = {n: p.clone() for n, p in prepared.model.named_parameters()}
+    with pytest.raises(InputError, match="cannot be merged"):
+        prepared.model.merge_adapter()
+    assert all(torch.equal(p, before[n]) for n, p in prepared.model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["mamba", "gla"])
+@pytest.mark.parametrize("own", ["sparse", "freeze"])
+def test_a_bf16_model_computes_without_autocast_too(family, own):
+    """As `ssm_train.load_run` gives it to a script."""
+    settings = {
+        "sparse": {"peft_type": "SD_LORA" if family == "mamba" else "GLA_SD_LORA"},
+        "freeze": {
+            "peft_type": "LAYER_FREEZE",
+            "trainable_layers": {
+                "mamba": ["in_proj", "conv1d", "dt_proj", "norm"],
+                "gla": ["q_proj", "gk_proj"],
+            }[family],
+        },
+    }[own]
+    prepared = prepare(family, dtype=torch.bfloat16)
+    method: Any = load_peft(
+        settings | ({"num_freeze": {"channel": 0.5}} if own == "sparse" else {})
+    )
+    method = method.make()
+    method.inject(prepared)
+    train_a_little(prepared.model, seed=7)
+    if own == "sparse":
+        method.begin_training(prepared, method.select(prepared.model))
+        train_a_little(prepared.model)
+    ids = tokens(1, 9)
+    plain = logits_of(prepared.model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = logits_of(prepared.model, ids)
+    exact = logits_of(copy.deepcopy(prepared.model).float(), ids)
+    own_error = relative_error(expected, exact)
+    assert 0 < relative_error(plain, exact) < 2 * own_error
+
+
+def test_a_share_that_rounds_to_nothing_zeroes_nothing():
+    prepared, _ = two_stages("gla", peft_type="GLA_SD_LORA", num_zero={"channel": 0.01})
+    assert merge_adapter(prepared.model, prepared.traits).difference < 1e-6
+
+
+def test_alpha_by_target_reaches_the_gate():
+    prepared, _ = two_stages(
+        "gla", peft_type="GLA_SD_LORA", sdlora_alpha={"gk_proj.1": 5.0, "global": 2.0}
+    )
+    layers = own_layers(prepared.model)
+    gates = [layer for name, layer in layers.items() if name.endswith("gk_proj.1")]
+    assert gates and all(layer.alpha("default") == 10 for layer in gates)
+
+
+def test_an_untied_head_merges_on_its_own():
+    prepared = prepare("mamba", tie_word_embeddings=True)
+    method: Any = load_peft(SMALL | {"lora_targets": ["lm_head", "out_proj"]}).make()
+    method.inject(prepared)
+    train_a_little(prepared.model)
+    assert merge_adapter(prepared.model, prepared.traits).difference < 1e-6
+
+
 def test_gla_merges_unless_channels_are_zeroed():
     with pytest.raises(InputError, match="cannot be merged, because no weight"):
         prepared, _ = two_stages("gla", peft_type="GLA_SD_LORA", proj_lora_r=2)
@@ -253,6 +346,9 @@ def test_a_warm_up_that_moved_nothing_chooses_nothing():
             "are 0.2, 0.5 and 0.2, together 0.9 and not 1",
         ),
         ({"num_freeze": {"channel": 1.5}}, "a fraction is at most 1"),
+        ({"train_ratio": 0.1, "num_freeze": {"channel": 32}}, "channel 32 is a number; give"),
+        ({"proj_lora_r": None, "lora_targets": ["out_proj"]}, "lora_targets has no meaning with"),
+        ({"sdlora_alpha": {"x_proj_A": 2.0}}, "'x_proj_A' is no target here; did you mean"),
         ({"num_zero": {"state": 1}}, "only whole channels are zeroed"),
         ({"target_modules": ["x_proj_B"]}, "A_log is missing, whose warm-up chooses; add it"),
         ({"num_warmup_it": -1}, "num_warmup_it is -1"),
@@ -277,6 +373,22 @@ def test_bad_settings_are_one_line(settings, message):
         ("mamba", {"num_freeze": {"state": 1.0}}, "of 8 states 8 are frozen"),
         ("mamba", {"lora_targets": ["q_proj"]}, "SD_LORA: 'q_proj' matches no module"),
         ("mamba", {"lora_targets": ["conv1d"]}, "conv1d is no linear layer"),
+        (
+            "mamba",
+            {"lora_targets": ["x_proj"]},
+            "x_proj_B is a slice of x_proj, which has LoRA",
+        ),
+        (
+            "mamba",
+            {"finetune_parameters": ["embeddings"]},
+            "embeddings.weight is shared by two modules",
+        ),
+        (
+            "mamba2",
+            {"target_modules": ["A_log", "out_proj"], "proj_lora_r": None},
+            "Mamba-2 chooses heads, which are no rows or columns of out_proj",
+        ),
+        ("mamba2", {}, "of 4 heads 4 are frozen"),
         ("mamba", {"finetune_parameters": ["E"]}, "finetune_parameters: 'E' is in no parameter"),
         ("mamba", {"finetune_parameters": ["A_log"]}, "'A_log' trains .*, which is a target"),
         ("mamba2", {"num_zero": {"channel": 1}, "num_freeze": {"channel": 1}}, "heads of Mamba-2"),
@@ -289,6 +401,11 @@ def test_what_does_not_fit_the_model_is_one_line(family, settings, message):
     with pytest.raises(InputError, match=message) as error:
         method.inject(prepare(family))
     assert "\n" not in str(error.value)
+
+
+def test_a_missing_count_keeps_its_default():
+    settings = SdLoraSettings.model_validate({"num_freeze": {"state": 0.5}})
+    assert (settings.num_freeze.channel, settings.num_freeze.state) == (0.99, 0.5)
 
 
 def test_the_old_variable_turns_a_lora_config_into_the_part_on_the_projections():

@@ -124,12 +124,47 @@ def test_cutting_and_joining_is_exact(family, bias):
         ("mamba", ["in_proj", "in_proj_x"], "'in_proj_x' is a slice of in_proj, which is a target"),
         ("mamba", ["x_proj_D"], "'x_proj_D' matches no module; did you mean .*'x_proj_"),
         ("gla", ["in_proj_x"], "'in_proj_x' matches no module"),
+        (
+            "mamba",
+            {"targets": ["in_proj_x"], "modules_to_save": ["in_proj"]},
+            "modules_to_save: .*in_proj cannot train in full while LoRA sits on a slice",
+        ),
     ],
 )
 def test_bad_slices_are_one_line(family, targets, message):
+    more = dict(targets) if isinstance(targets, dict) else {"targets": targets}
     with pytest.raises(InputError, match=message) as error:
-        inject(prepare(family), targets)
+        inject(prepare(family), **more)
     assert "\n" not in str(error.value)
+
+
+def test_an_excluded_layer_keeps_its_slices():
+    prepared = prepare("mamba")
+    inject(prepared, ["in_proj_x"], exclude_modules=["layers.0.mixer.in_proj"])
+    cut = [n for n, m in prepared.model.named_modules() if isinstance(m, SlicedLinear)]
+    assert len(cut) == 1 and "layers.1" in cut[0]
+
+
+@pytest.mark.parametrize("target", ["in_proj_x", "in_proj.in_proj_z"])
+def test_a_bias_that_bitfit_gave_to_a_slice_is_kept(target):
+    prepared, ids = prepare("mamba"), tokens(1, 9)
+    method = load_peft({"peft_type": "BITFIT", "target_modules": [target]}).make()
+    method.inject(prepared)
+    train_a_little(prepared.model)
+    expected = logits_of(prepared.model, ids)
+    merged = prepared.model.merge_and_unload()
+    assert not any(isinstance(m, SlicedLinear) for m in merged.modules())
+    assert relative_error(logits_of(merged, ids), expected) < 1e-5
+
+
+@pytest.mark.parametrize("entry", ["in_proj_x.weight", "in_proj.in_proj_x", "x_proj_B"])
+def test_layer_freeze_trains_slices(entry):
+    prepared, ids = prepare("mamba"), tokens(1, 9)
+    before = logits_of(prepared.model, ids)
+    method = load_peft({"peft_type": "LAYER_FREEZE", "trainable_layers": [entry]}).make()
+    method.inject(prepared)
+    assert relative_error(logits_of(prepared.model, ids), before) < 1e-5
+    check_liveness(prepared.model, make_batch(), common.token_losses)
 
 
 def test_a_second_adapter_on_a_cut_layer_s_whole_is_refused():

@@ -20,6 +20,7 @@ from tiny_runs import (
 )
 
 import ssm_train
+from ssm_train.cli import main
 from ssm_train.errors import InputError
 from ssm_train.peft.sd_lora import SdLoraMethod
 
@@ -130,6 +131,65 @@ def test_runs_stopped_in_both_stages_equal_one_that_was_not(finished, monkeypatc
     assert_same_tensors(*(load_file(r.run_dir / "selection.safetensors") for r in (third, whole)))
 
 
+def test_a_request_to_stop_in_the_last_step_of_the_warm_up_is_kept(finished, monkeypatch):
+    family, directory, whole = finished
+    config = write_config(directory, "late", family, peft=SPARSE[family], seed=3)
+    stop_in_step(monkeypatch, 4)
+    first = train(config)
+    assert (first.outcome, first.stage) == ("stopped", "train") and first.steps <= 2
+    second = train(config, resume=True)
+    assert_same_run(second.run_dir, whole.run_dir)
+
+
+def test_a_run_stopped_in_its_warm_up_seen_from_outside(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path, "early", "mamba", peft=SPARSE["mamba"])
+    stop_in_step(monkeypatch, 1)
+    run_dir = train(config).run_dir
+    with pytest.raises(InputError, match="stopped in its warm-up, .*; go on with --resume"):
+        ssm_train.load_run(run_dir)
+    assert main(["plot", str(run_dir), "--out", str(tmp_path / "plot.png")]) == 0
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "output")]) == 0
+    assert "stopped in its warm-up (step 2)" in capsys.readouterr().out
+
+
+def test_damage_in_the_second_stage_is_said_where_the_warm_up_goes_on(tmp_path, capsys):
+    config = write_config(tmp_path, "damaged", "mamba", peft=SPARSE["mamba"])
+    first = train(config)
+    for path in (first.run_dir / "checkpoints").glob("step-*/state.json"):
+        path.write_text("{}")
+    capsys.readouterr()
+    assert train(config, resume=True).outcome == "finished"
+    said = capsys.readouterr().out
+    assert "skipped a damaged checkpoint: step-00000008: state.json" in said
+    assert "warm-up: resuming from step-00000005" in said
+
+
+def test_a_debug_run_has_a_warm_up_of_one_step(tmp_path):
+    config = write_config(tmp_path, "debug", "mamba", peft=SPARSE["mamba"])
+    result = train(config, debug=True)
+    assert result.outcome == "finished"
+    assert len(metrics(result.run_dir / "warmup", "train")) == 1
+
+
+def test_a_warm_up_at_a_rate_of_zero_is_refused_before_it(tmp_path):
+    peft = SPARSE["mamba"] | {"num_warmup_it": 0}
+    config = write_config(tmp_path, "still", "mamba", peft=peft, warmup_steps=2)
+    with pytest.raises(InputError, match="num_warmup_it 0: the learning rate of the only step"):
+        train(config)
+
+
+def test_what_a_run_wrote_is_a_config_again(finished, tmp_path):
+    from ssm_train.peft.spec import load_peft
+
+    family, _, result = finished
+    record = json.loads((result.run_dir / "selection.json").read_text())["settings"]
+    written = load_peft(record | {"peft_type": SPARSE[family]["peft_type"]})
+    assert written is not None and written.dump() == load_peft(SPARSE[family]).dump()
+    exported = load_peft(result.run_dir / "adapter" / "adapter_config.json")
+    assert exported is not None and exported.dump() == written.dump()
+
+
 def test_a_run_that_dies_between_the_stages_goes_on(finished, monkeypatch):
     family, directory, whole = finished
     config = write_config(directory, "died", family, peft=SPARSE[family], seed=3)
@@ -177,7 +237,6 @@ def test_the_old_variables_change_it(tmp_path):
     layer = json.loads((result.run_dir / "selection.json").read_text())["layers"][SCORED["mamba"]]
     assert (len(layer["channels"]), len(layer["zeroed"])) == (16, 16)
     merged = tmp_path / "merged"
-    from ssm_train.cli import main
 
     assert main(["merge", str(result.run_dir), "--out", str(merged)]) == 0
     A_log = load_file(Path(merged) / "model.safetensors")["backbone.layers.0.mixer.A_log"]

@@ -72,6 +72,7 @@ def test_a_result_is_written_with_null_for_what_is_not_finite(tmp_path: Path) ->
     text = (run_dir / "result.json").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {
         "outcome": "finished",
+        "stage": "train",
         "steps": 120,
         "main_metric": "accuracy",
         "best_step": 80,

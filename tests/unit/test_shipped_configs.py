@@ -170,7 +170,7 @@ OWN = {
 }
 SIZES: dict[str, dict[str, Any]] = {
     "gla": {"num_hidden_layers": 24, "num_heads": 2, "intermediate_size": 48},  # as many as 1.3B
-    "mamba": {"num_hidden_layers": 2, "state_size": 8, "time_step_rank": 8},
+    "mamba": {"num_hidden_layers": 2, "state_size": 16, "time_step_rank": 8},
 }
 
 
