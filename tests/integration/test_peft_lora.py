@@ -28,21 +28,18 @@ from ssm_train.peft.lora import lora_layers
 FAMILIES = ("mamba", "mamba2", "gla", "bamba")
 VARIANTS = {
     "lora": {},
-    "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
     "pissa_fast": {"init_lora_weights": "pissa_niter_4", "use_rslora": True},
     "olora_dora": {"init_lora_weights": "olora", "use_dora": True},
-    "gaussian": {"init_lora_weights": "gaussian"},
-    "orthogonal": {"init_lora_weights": "orthogonal"},
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 @every_family
-@every_variant
+@pytest.mark.parametrize("variant", ["pissa_fast", "olora_dora"])
 def test_start_is_unchanged_and_every_factor_is_alive(family, variant):
+    """Two variants at once; each by itself is in the support matrix."""
     prepared = prepare(family)
     before = logits_of(prepared.model, tokens(2, 13))
     inject(prepared, **VARIANTS[variant])
@@ -192,11 +189,6 @@ def test_preflight_leaves_no_trace(family):
     assert marked.grad is gradient and bool((gradient == 1).all())
     assert all(p.grad is None for p in model.parameters() if p is not marked)
     assert all(not p._backward_hooks for p in model.parameters())
-
-
-def test_full_fine_tuning_is_alive():
-    model = prepare("mamba").model
-    check_liveness(model, make_batch(), common.token_losses)
 
 
 # Dead on purpose: forwards as the fused kernels have them, which read a weight past its module.

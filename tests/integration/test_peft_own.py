@@ -1,6 +1,5 @@
-"""Our own methods as PEFT methods: alive, unchanged at step 0, the same under padding, packing and
-cached decoding, saved and loaded bit for bit, merged where weights can hold them, several on one
-base."""
+"""Our own methods as PEFT methods: what trains, left padding, plain PEFT, several adapters on one base,
+equations, what is refused. The support matrix has the rest."""
 
 from __future__ import annotations
 
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from matrix.cell import inject as inject_method
+from matrix.methods import OWN
 from peft import (
     PeftModel,
     get_peft_model,
@@ -30,116 +31,29 @@ from peft_tiny import (
     train_a_little,
 )
 
-from ssm_train.adapters.common import enable_gradient_checkpointing
 from ssm_train.adapters.registry import adopt
 from ssm_train.errors import InputError
 from ssm_train.peft.coverage import measure_coverage
-from ssm_train.peft.export import export_adapter, load_adapter
-from ssm_train.peft.liveness import check_liveness
-from ssm_train.peft.merge import merge_adapter
+from ssm_train.peft.export import export_adapter
 from ssm_train.peft.registration import CONFIGS
 from ssm_train.peft.spec import load_peft
 
-# name -> families, JSON
-METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "bitfit": (("mamba", "mamba2", "gla", "bamba"), {"peft_type": "BITFIT"}),
-    "bitfit_new": (
-        ("mamba", "mamba2", "gla", "bamba"),
-        {"peft_type": "BITFIT", "target_modules": ["in_proj", "q_proj", "o_proj", "conv1d"]},
-    ),
-    "freeze_ssm": (
-        ("mamba", "mamba2", "bamba"),
-        {"peft_type": "LAYER_FREEZE", "trainable_layers": ["A_log", "D", "conv1d"]},
-    ),
-    "freeze_gates": (
-        ("gla",),
-        {"peft_type": "LAYER_FREEZE", "trainable_layers": ["gk_proj", "layers.1.mlp_norm"]},
-    ),
-    "freeze_layer": (
-        ("mamba", "mamba2"),
-        {"peft_type": "LAYER_FREEZE", "trainable_layers": ["layers.1", "norm_f"]},
-    ),
-    "state": (
-        ("mamba", "mamba2", "bamba"),
-        {"peft_type": "SSMPEFT", "scan": {"type": "init_state"}},
-    ),
-    "state_and_window": (
-        ("mamba", "mamba2", "bamba"),
-        {"peft_type": "SSMPEFT", "scan": {"type": "init_state"}, "conv_init_state": True},
-    ),
-    "offset": (("mamba",), {"peft_type": "STATE_OFFSET_TUNING"}),
-    "offset_rank": (("mamba",), {"peft_type": "STATE_OFFSET_TUNING", "r": 3}),
-    "output": (
-        ("mamba",),
-        {"peft_type": "STATE_OFFSET_TUNING", "tuning_mode": "OUTPUT_TUNING"},
-    ),
-    "transform_states": (
-        ("mamba",),
-        {"peft_type": "PARAM_TRANSFORM", "parameters": ["B", "C"], "scale_shape": "n"},
-    ),
-    "transform_channels": (
-        ("mamba",),
-        {"peft_type": "PARAM_TRANSFORM", "scale_shape": "d", "bias_shape": "n"},
-    ),
-    "transform_rank": (
-        ("mamba",),
-        {"peft_type": "PARAM_TRANSFORM", "scale_shape": "dn", "bias_shape": "dn", "r": 2},
-    ),
-    "more_states": (("mamba",), {"peft_type": "ADDITIONAL_SCAN", "num_states": 3}),
-    "affix": (
-        ("mamba", "mamba2", "bamba"),
-        {"peft_type": "AFFIX_TUNING", "num_virtual_tokens": 2},
-    ),
-    "sd_lora": (
-        ("mamba", "mamba2", "bamba"),
-        {"peft_type": "SD_LORA", "num_freeze": {"channel": 0.5, "state": 0.5}, "proj_lora_r": 2},
-    ),
-    "sd_lora_zero": (
-        ("mamba",),
-        {
-            "peft_type": "SD_LORA",
-            "num_freeze": {"channel": 0.5, "state": 5},
-            "num_zero": {"channel": 7},
-            "finetune_parameters": ["D", "dt_proj.bias"],
-            "sdlora_alpha": {"global": 0.5, "A_log": 3.0},
-        },
-    ),
-    "gla_sd_lora": (("gla",), {"peft_type": "GLA_SD_LORA", "proj_lora_r": 2}),
-}
-CELLS = [(name, family) for name, (families, _) in METHODS.items() for family in families]
-MERGED = (
-    *("bitfit", "bitfit_new", "freeze_ssm", "freeze_gates", "freeze_layer"),
-    *("transform_states", "more_states", "sd_lora", "sd_lora_zero"),
-)
+CELLS = [(name, family) for name, method in OWN.items() for family in method.families]
 # Methods whose scan adds up the same numbers in another order.
 REORDERED = ("transform_channels", "transform_rank", "more_states", "sd_lora")
-# Methods that begin with a part of the model switched off.
-REDUCED = ("sd_lora_zero", "gla_sd_lora")
 # Methods that are another function than the base wherever their values begin.
 NEVER_THE_BASE = ("affix",)
 each_cell = pytest.mark.parametrize(("name", "family"), CELLS)
 
 
 def settings_of(name: str, family: str) -> dict[str, Any]:
-    values = dict(METHODS[name][1])
-    if "target_modules" in values:
-        theirs = {
-            "gla": ["q_proj", "o_proj"],
-            "bamba": ["in_proj", "o_proj", "conv1d"],
-        }.get(family, ["in_proj", "conv1d"])
-        values["target_modules"] = theirs
-    return values
+    settings = OWN[name].settings_of(family)
+    assert settings is not None
+    return settings
 
 
 def inject(prepared: Any, settings: dict[str, Any]) -> Any:
-    spec = load_peft(settings)
-    assert spec is not None
-    method: Any = spec.make()
-    method.inject(prepared)
-    if "warmup" in method.stages():
-        train_a_little(prepared.model, seed=7)
-        method.begin_training(prepared, method.select(prepared.model))
-    return method
+    return inject_method(prepared, settings, token_losses)
 
 
 def trained(name: str, family: str, **options: Any) -> Any:
@@ -149,33 +63,23 @@ def trained(name: str, family: str, **options: Any) -> Any:
     return prepared
 
 
-def assert_starts_as(name: str, before: Any, logits: Any) -> None:
-    """Step 0 has the base's logits, to the bit where it computes the same sums."""
-    if name in (*REDUCED, *NEVER_THE_BASE):
-        assert relative_error(logits, before) > 1e-3
-    elif name in REORDERED:
-        assert relative_error(logits, before) < 1e-5
-    else:
-        assert torch.equal(logits, before)
-
-
 @each_cell
-def test_it_is_alive_and_the_function_is_unchanged_at_step_0(name: str, family: str) -> None:
+def test_only_its_values_train_and_step_0_is_the_base_s(name: str, family: str) -> None:
+    """To the bit, where the same sums are computed."""
     prepared, ids = prepare(family), tokens(2, 19)
     before = logits_of(prepared.model, ids)
     inject(prepared, settings_of(name, family))
-    assert_starts_as(name, before, logits_of(prepared.model, ids))
-    check_liveness(prepared.model, make_batch(), token_losses)
     for parameter_name, parameter in prepared.model.named_parameters():
         assert parameter.requires_grad == ("values" in parameter_name), parameter_name
-        assert not parameter.requires_grad or parameter.dtype == torch.float32
+    if OWN[name].unchanged and name not in REORDERED:
+        assert torch.equal(logits_of(prepared.model, ids), before)
     train_a_little(prepared.model)
     assert relative_error(logits_of(prepared.model, ids), before) > 1e-3
     with prepared.model.disable_adapter():
         assert relative_error(logits_of(prepared.model, ids), before) < 1e-6
 
 
-@each_cell
+@pytest.mark.parametrize(("name", "family"), [c for c in CELLS if c[1] == "bamba"])
 def test_bf16_bases_stay_within_twice_their_own_error(name: str, family: str) -> None:
     """The error of bf16 arithmetic with the method is at most twice that without it."""
     full, ids = trained(name, family), tokens(2, 19)
@@ -198,25 +102,6 @@ def logits_autocast(model: Any, ids: Any) -> Any:
 
 
 @each_cell
-def test_cached_decoding_equals_the_full_forward(name: str, family: str) -> None:
-    model, ids = trained(name, family).model.eval(), tokens(2, 9)
-    cache_name = "cache_params" if family in ("mamba", "mamba2") else "past_key_values"
-    expected = logits_of(model, ids)
-    for prompt in (1, 2, 6):  # shorter and longer than the convolution's window
-        with torch.no_grad():
-            out = model(input_ids=ids[:, :prompt], use_cache=True)
-            steps = [out.logits[:, -1]]
-            for t in range(prompt, ids.shape[1]):
-                cache: dict[str, Any] = {cache_name: getattr(out, cache_name)}
-                if family == "bamba":  # as generate does; transformers' would be 0
-                    cache["position_ids"] = torch.tensor([[t]])
-                out = model(input_ids=ids[:, t : t + 1], use_cache=True, **cache)
-                steps.append(out.logits[:, -1])
-        error = relative_error(torch.stack(steps, 1), expected[:, prompt - 1 :])
-        assert error < 1e-5, (prompt, error)
-
-
-@each_cell
 @pytest.mark.parametrize("padding", [1, 2, 3, 7])
 def test_left_padding_changes_nothing(name: str, family: str, padding: int) -> None:
     model, ids = trained(name, family).model.eval(), tokens(2, 9)
@@ -231,66 +116,18 @@ def test_left_padding_changes_nothing(name: str, family: str, padding: int) -> N
     assert relative_error(logits[1:], whole) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "family"), [c for c in CELLS if c[1] != "bamba"])
-def test_packed_documents_are_as_they_are_alone(name: str, family: str) -> None:
-    prepared = trained(name, family)
-    model, parts = prepared.model.eval(), [tokens(1, n, seed=n) for n in (5, 1, 11)]
-    offsets = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
-    row = torch.cat(parts, 1)
-    packed = model(input_ids=row, cu_seqlens=offsets, use_cache=False).logits
-    alone = [model(input_ids=part, use_cache=False).logits for part in parts]
-    assert relative_error(packed, torch.cat(alone, 1)) < 1e-5
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0))
-    ours = torch.autograd.grad((packed * weights).sum(), trainable)
-    theirs = torch.autograd.grad((torch.cat(alone, 1) * weights).sum(), trainable)
-    for a, b in zip(ours, theirs, strict=True):
-        assert relative_error(a, b) < 1e-4
-
-
-@each_cell
-def test_gradient_checkpointing_changes_no_gradient(name: str, family: str) -> None:
-    def gradients(checkpointing: bool) -> list[Any]:
-        model = trained(name, family).model.train()
-        if checkpointing:
-            enable_gradient_checkpointing(model)
-        token_losses(model, make_batch()).loss.backward()
-        return [p.grad for p in model.parameters() if p.requires_grad]
-
-    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
-        assert plain is not None and checkpointed is not None
-        assert relative_error(checkpointed, plain) < 1e-5
-
-
-@each_cell
-def test_export_and_reload_on_the_stock_base(name: str, family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", OWN)
+def test_plain_peft_loads_the_export_onto_the_stock_base(name: str, tmp_path: Path) -> None:
+    family = OWN[name].families[0]
     prepared, ids = trained(name, family), tokens(2, 19)
-    expected = logits_of(prepared.model, ids)
     directory = export_adapter(
         prepared.model, tmp_path / "adapter", base_id="someone/base", traits=prepared.traits
     )
     written = json.loads((directory / "adapter_config.json").read_text())
-    assert written["peft_type"] == METHODS[name][1]["peft_type"]
+    assert written["peft_type"] == settings_of(name, family)["peft_type"]
     assert written["peft_type"] in (directory / "README.md").read_text()
-    for loaded in (
-        load_adapter(make_stock(family), directory),
-        PeftModel.from_pretrained(make_stock(family), str(directory)),
-    ):
-        assert torch.equal(logits_of(loaded, ids), expected)
-
-
-@each_cell
-def test_merging_keeps_the_function_or_is_refused(name: str, family: str) -> None:
-    prepared, ids = trained(name, family), tokens(2, 19)
-    expected = logits_of(prepared.model, ids)
-    if name not in MERGED:
-        with pytest.raises(InputError, match="the adapter cannot be merged, because no weight"):
-            merge_adapter(prepared.model, prepared.traits)
-        return
-    merged = merge_adapter(prepared.model, prepared.traits)
-    assert merged.difference < 1e-6
-    assert relative_error(logits_of(merged.model, ids), expected) < 1e-5
-    assert not any("values" in n or "base_layer" in n for n in merged.model.state_dict())
+    loaded = PeftModel.from_pretrained(make_stock(family), str(directory))
+    assert torch.equal(logits_of(loaded, ids), logits_of(prepared.model, ids))
 
 
 @each_cell
@@ -391,8 +228,8 @@ def test_a_frozen_parameter_s_delta_trains_like_the_parameter() -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("gla", METHODS["state"][1], "peft_type SSMPEFT: gla models have no initial state"),
-        ("mamba2", METHODS["offset"][1], "STATE_OFFSET_TUNING: mamba2 models have no offset"),
+        ("gla", OWN["state"].settings, "peft_type SSMPEFT: gla models have no initial state"),
+        ("mamba2", OWN["offset"].settings, "STATE_OFFSET_TUNING: mamba2 models have no offset"),
         (
             "mamba",
             {"peft_type": "LAYER_FREEZE", "trainable_layers": ["A_lgo"]},
