@@ -1,5 +1,5 @@
-"""Our own methods as PEFT methods: what trains, left padding, plain PEFT, several adapters on one base,
-equations, what is refused. The support matrix has the rest."""
+"""Our own methods as PEFT methods: what trains, left padding, plain PEFT, several adapters on one
+base, equations, what is refused. The support matrix has the rest."""
 
 from __future__ import annotations
 
