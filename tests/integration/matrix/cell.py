@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from matrix.methods import METHODS, Json
 from ssm_train import distributed
-from ssm_train.adapters import common
+from ssm_train.adapters import common, mamba_cuda
 from ssm_train.adapters.base import Batch, LossSum, Prepared
+from ssm_train.adapters.mamba_mixer import CachedMixer
 from ssm_train.optim import same_rate
 from ssm_train.peft.spec import load_peft
 
@@ -42,7 +43,7 @@ class Cell:
         self.ids = tokens(2, 19).to(DEVICE)
 
         prepared = prepare(family, dtype=self.storage)
-        prepared.model.to(DEVICE)
+        on_device(prepared.model)
         self.base_logits = self.logits(prepared.model)
         self.exact_base_logits = exact_logits(prepared.model, self.ids)
         method = inject(prepared, self.settings, self.token_losses)
@@ -107,6 +108,14 @@ class Cell:
         squares = [((a.float() - e).norm() / e.norm()).item() ** 2 for a, e in pairs]
         found = (sum(squares) / len(squares)) ** 0.5
         return found if found == found else float("inf")
+
+
+def on_device(model: nn.Module) -> nn.Module:
+    """The model there, with the kernels that a run chooses there."""
+    for module in model.modules():
+        if isinstance(module, CachedMixer):
+            module.fast = mamba_cuda.available(str(DEVICE))
+    return model.to(DEVICE)
 
 
 def in_fp32(model: nn.Module) -> nn.Module:
