@@ -115,7 +115,7 @@ def main() -> None:
     run = Training(
         accelerator=accelerator, model=model, optimizer=optimizer,
         token_losses=adapter.token_losses, micro_batches=lambda step: [batches[step]],
-        schedule=Schedule(10_000, 10_000, 1, 1, 1), optim=settings, prec="bf16",
+        schedule=Schedule(10_000, 10_000, 10_000, 1, 1, 1), optim=settings, prec="bf16",
         log=lambda row: None, evaluate=None, save=None,
     )  # fmt: skip
     model.train()
