@@ -146,6 +146,10 @@ BARE = {
     "cfg/peft/lora/lora_plus_in_out_proj_r8_a16.json": ("mamba", 2),
     "cfg/peft/lora/lora_ga_in_out_proj_r8_a16.json": ("mamba", 2),
     "cfg/peft/lora/lora_ga_qkvo_r8_a16.json": ("gla", 4),
+    **{
+        f"cfg/peft/lora/{name}_in_out_proj_r8_a16.json": ("mamba", 2)
+        for name in ("rslora", "dora", "pissa", "pissa_niter_4", "olora")
+    },
     "cfg/peft/lora/lora_slices_x_B_C_r8_a16.json": ("mamba", 3),
 }
 # The same for our own methods: the places a layer where they sit.
