@@ -3,10 +3,11 @@ trained inputs before the first: h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t with h
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssm_train.peft.layers import OwnLayer, SiteLayer
@@ -24,6 +25,8 @@ class ScanSettings(Settings):
     type: Literal["init_state"] = "init_state"
     init: Init = "zero"
     """zero leaves the function unchanged at step 0."""
+    hidden_dim: int | None = Field(default=None, ge=1)
+    """The state as a product [d_inner, hidden_dim] [hidden_dim, n]; None: as it is."""
 
 
 class InitialStateSettings(Settings):
@@ -35,6 +38,10 @@ class InitialStateSettings(Settings):
     """Also the inputs [d_inner, d_conv - 1] before the first that the convolution sees."""
     conv_init_state_init: Init = "zero"
     """How those begin."""
+    target_modules: list[str] | None = None
+    """Kept for old configs: selective_scan_fn for the scan, conv1d for `conv_init_state`."""
+    state_to_y: dict[str, Any] | None = None
+    """Of old configs: an error that names the methods that have it now."""
 
     @model_validator(mode="after")
     def _trains_something(self) -> InitialStateSettings:
@@ -42,6 +49,17 @@ class InitialStateSettings(Settings):
             raise ValueError(
                 "scan and conv_init_state are both off, so nothing would train; set "
                 '"scan": {"type": "init_state"} or "conv_init_state": true'
+            )
+        if self.state_to_y is not None:
+            raise ValueError(
+                "state_to_y is a method of its own here: PARAM_TRANSFORM scales and shifts C, "
+                "STATE_OFFSET_TUNING shifts the state; remove it"
+            )
+        meant = ["selective_scan_fn"] * (self.scan is not None) + ["conv1d"] * self.conv_init_state
+        if self.target_modules is not None and sorted(self.target_modules) != sorted(meant):
+            raise ValueError(
+                f"target_modules {self.target_modules}: scan and conv_init_state say what trains, "
+                f"here {meant}; leave it out"
             )
         return self
 
@@ -53,11 +71,17 @@ class InitialStateLayer(SiteLayer):
 
     def create(self, settings: InitialStateSettings) -> dict[str, Tensor]:
         assert settings.scan is not None
+        init, hidden, like = settings.scan.init, settings.scan.hidden_dim, self.owner.A_log
         shape = (1, *state_shape(self.owner))
-        return {"state": start(settings.scan.init, shape, self.owner.A_log)}
+        if hidden is None:
+            return {"state": start(init, shape, like)}
+        right = torch.empty(hidden, shape[-1], device=like.device)
+        nn.init.kaiming_uniform_(right, a=math.sqrt(5))  # as LoRA's A
+        return {"left": start(init, (*shape[:-1], hidden), like), "right": right}
 
     def change(self, adapter: str, value: Any, *context: Tensor) -> Tensor:
-        state = self.values[adapter]["state"]
+        values = self.values[adapter]
+        state = values["state"] if "state" in values else values["left"] @ values["right"]
         return state if value is None else value + state
 
 

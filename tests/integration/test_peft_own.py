@@ -257,6 +257,14 @@ def test_what_does_not_go_together(family: str, settings: dict[str, Any], messag
     [
         ({"peft_type": "SSMPEFT"}, "scan and conv_init_state are both off, so nothing would train"),
         ({"peft_type": "SSMPEFT", "scan": {"type": "x"}}, "peft: scan is 'x'"),
+        (
+            {"peft_type": "SSMPEFT", "conv_init_state": True, "state_to_y": {"type": "transform"}},
+            "state_to_y is a method of its own here: PARAM_TRANSFORM",
+        ),
+        (
+            {"peft_type": "SSMPEFT", "conv_init_state": True, "target_modules": ["x_proj"]},
+            "target_modules ['x_proj']: scan and conv_init_state say what trains, here ['conv1d']",
+        ),
         ({"peft_type": "LAYER_FREEZE"}, "peft: trainable_layers is"),
         ({"peft_type": "LAYER_FREEZE", "trainable_layers": []}, "peft: trainable_layers is []"),
         (

@@ -160,6 +160,7 @@ OWN = {
     "cfg/peft/layer_freeze/gla_gates.json": ("gla", 3),
     "cfg/peft/ssmpeft/init_state.json": ("mamba", 1),
     "cfg/peft/ssmpeft/init_state_conv.json": ("mamba", 2),
+    "cfg/peft/ssmpeft/init_state_hidden_4.json": ("mamba", 1),
     "cfg/peft/state_offset/state_offset.json": ("mamba", 1),
     "cfg/peft/state_offset/state_offset_r4.json": ("mamba", 1),
     "cfg/peft/state_offset/output.json": ("mamba", 1),

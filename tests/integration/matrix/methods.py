@@ -104,6 +104,12 @@ METHODS: dict[str, Method] = {
         FREEZE | {"trainable_layers": ["layers.1"]},
     ),
     "state": Method("initial state", STATE, SSM, merges=False),
+    "state_rank": Method(
+        "initial state of a rank",
+        {"peft_type": "SSMPEFT", "scan": {"type": "init_state", "hidden_dim": 3}},
+        SSM,
+        merges=False,
+    ),
     "state_and_window": Method(
         "initial state and convolution", STATE | {"conv_init_state": True}, SSM, merges=False
     ),
