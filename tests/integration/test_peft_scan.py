@@ -118,7 +118,7 @@ def test_a_random_start_changes_the_function() -> None:
 )
 def test_what_no_row_of_x_proj_holds_is_not_merged(settings: dict[str, Any]) -> None:
     prepared, _ = trained_mixer("mamba", {"peft_type": "PARAM_TRANSFORM", **settings})
-    with pytest.raises(InputError, match='only "scale_shape": "n" without a bias can be'):
+    with pytest.raises(InputError, match='only a scale of shape "n", without a bias'):
         merge_adapter(prepared.model, prepared.traits)
 
 
