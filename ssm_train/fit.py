@@ -193,7 +193,7 @@ def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | No
     ready.accelerator.free_memory()
     if scaler:
         scaler.load_state_dict(fresh_scaler)
-    ready.found = None
+    ready.found, ready.notes = None, [str(selection)]
     distributed.seed_everything(ready.cfg.seed)
     method.begin_training(ready.subject.prepared, selection)
     ready.prove_alive()

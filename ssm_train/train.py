@@ -109,7 +109,7 @@ def run_in(
     with ready.stop:
         if ready.warms_up:
             result = warm_up(ready, main_metric, lines)
-            lines = [str(measure_coverage(ready.subject.prepared.model))]
+            lines = [*ready.notes, str(measure_coverage(ready.subject.prepared.model))]
         result = result or fit(ready, main_metric, lines)
     distributed.barrier()
     return result

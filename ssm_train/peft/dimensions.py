@@ -75,11 +75,11 @@ class Selection:
     layers: dict[str, Choice] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        choice = next(iter(self.layers.values()))
+        choice, count = next(iter(self.layers.values())), len(self.layers)
         states = "" if choice.states is None else f", {choice.states.shape[1]} states in each"
         return (
-            f"chose {len(choice.channels)} of {len(choice.score)} channels in "
-            f"{len(self.layers)} layers{states}; {len(choice.zeroed)} zeroed"
+            f"chose {len(choice.channels)} of {len(choice.score)} channels in {count} "
+            f"layer{'s' if count > 1 else ''}{states}; {len(choice.zeroed)} zeroed"
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -163,6 +163,7 @@ def test_damage_in_the_second_stage_is_said_where_the_warm_up_goes_on(tmp_path, 
     said = capsys.readouterr().out
     assert "skipped a damaged checkpoint: step-00000008: state.json" in said
     assert "warm-up: resuming from step-00000005" in said
+    assert "chose 6 of 64 channels in 1 layer, 1 states in each; 0 zeroed" in said
 
 
 def test_a_debug_run_has_a_warm_up_of_one_step(tmp_path):
