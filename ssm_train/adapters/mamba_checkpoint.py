@@ -132,6 +132,12 @@ def unmap_config(config: Any) -> dict[str, Any]:
                 "always; use the format transformers"
             )
     first = config.model_type == "mamba"
+    if first and config.intermediate_size != int(config.expand * config.hidden_size):
+        raise InputError(
+            f"format mamba_ssm: intermediate_size is {config.intermediate_size}, and mamba_ssm's "
+            f"is expand x d_model, {int(config.expand * config.hidden_size)}; use the format "
+            "transformers"
+        )
     names, default = (
         (MAMBA1, MambaConfig(hidden_size=config.hidden_size))
         if first

@@ -64,10 +64,13 @@ def selective_scan_cuda(
     The kernel has no initial state: n steps of a tiny size before the first token, of which step j
     writes the column j of the state and decays nothing, make one. It has no documents either: a
     separator of input 0 and a huge step size between two of them empties the state exactly, as
-    exp(-1e6) is 0. It takes B and C for groups of channels, as many for both: one or d here.
+    exp(-1e6) is 0. It takes B and C for groups of channels, as many for both: one or d here. Its
+    last state has no gradient: where one is needed, the plain path runs.
     """
     options: dict[str, Any] = {"D": D, "z": z, "output_final_state": output_final_state}
-    if initial_state is not None and u.shape[1] == 1:  # decoding, token by token
+    step = initial_state is not None and u.shape[1] == 1  # decoding, token by token
+    trained = any(x.requires_grad for x in (u, dt, A, B, C)) and torch.is_grad_enabled()
+    if step or (output_final_state and trained):
         return selective_scan(u, dt, A, B, C, initial_state=initial_state, **options)
     assert not (output_final_state and cu_seqlens is not None), "packed rows have no cache"
     dtype, places = u.dtype, None

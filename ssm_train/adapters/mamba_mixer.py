@@ -69,8 +69,7 @@ class CachedMixer:
             x = x.masked_fill(~real, 0)
         width = self.conv1d.kernel_size[0]
         inputs = x  # what the cache takes
-        cached = cache is not None and cache.has_previous_state(self.layer_idx)
-        if window is not None and not cached:
+        if window is not None:
             if real is not None:
                 window, x = lay_window(window, x, real)
             inputs = torch.cat([window.mT.to(x.dtype).expand(len(x), -1, -1), x], 1)
@@ -197,14 +196,15 @@ def real_positions(hidden: Tensor, attention_mask: Tensor | None) -> Tensor | No
 
 
 def lay_window(window: Tensor, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Lays the initial window right before the first real token of each row.
+    """Lays the window right before the first real token of each row, at its end if it has none.
 
-    window [1, d, W - 1]; x [B, T, d], zero on padding; real [B, T, 1]. Returns the windows before
+    window [B or 1, d, W - 1]; x [B, T, d], zero on padding; real [B, T, 1]. Returns the windows before
     the rows [B, d, W - 1], and x with what of the window falls on its padding on the left.
     """
     before, rows = window.shape[-1], x.shape[0]
     laid = torch.cat([x.new_zeros(rows, before, x.shape[-1]), x], 1)  # [B, W - 1 + T, d]
-    padding = real.squeeze(-1).int().argmax(1)  # [B] tokens before the first real one
+    tokens = real.squeeze(-1).int()  # [B, T]
+    padding = torch.where(tokens.any(1), tokens.argmax(1), x.shape[1])  # [B], before the first
     places = padding[:, None] + torch.arange(before, device=x.device)  # [B, W - 1]
     values = window.mT.to(x.dtype).expand(rows, -1, -1)
     laid = laid.scatter(1, places[..., None].expand_as(values), values)

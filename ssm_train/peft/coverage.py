@@ -36,7 +36,8 @@ class Coverage:
             f"LoRA r={rank} on {self.adapted} of {self.linear_layers} linear layers of the mixers "
             "and MLPs"
             if self.ranks
-            else f"{self.method} at {self.adapted} places ({', '.join(self.patterns)})"
+            else f"{self.method} at {self.adapted} place{'s' if self.adapted > 1 else ''} "
+            f"({', '.join(self.patterns)})"
         )
         return (
             f"{where}, {count_text(self.trainable)} of {count_text(self.parameters)} parameters "

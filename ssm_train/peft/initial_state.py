@@ -3,14 +3,13 @@ trained inputs before the first: h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t with h
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssm_train.peft.layers import OwnLayer, SiteLayer
+from ssm_train.peft.layers import OwnLayer, SiteLayer, low_rank
 from ssm_train.peft.tuner import OwnTuner, find_sites
 from ssm_train.settings import Settings
 
@@ -50,6 +49,10 @@ class InitialStateSettings(Settings):
                 "scan and conv_init_state are both off, so nothing would train; set "
                 '"scan": {"type": "init_state"} or "conv_init_state": true'
             )
+        if self.scan is not None and self.scan.hidden_dim and self.scan.init == "random":
+            raise ValueError(
+                "scan: init random has no meaning with hidden_dim, which begins at zero"
+            )
         if self.state_to_y is not None:
             raise ValueError(
                 "state_to_y is a method of its own here: PARAM_TRANSFORM scales and shifts C, "
@@ -75,9 +78,8 @@ class InitialStateLayer(SiteLayer):
         shape = (1, *state_shape(self.owner))
         if hidden is None:
             return {"state": start(init, shape, like)}
-        right = torch.empty(hidden, shape[-1], device=like.device)
-        nn.init.kaiming_uniform_(right, a=math.sqrt(5))  # as LoRA's A
-        return {"left": start(init, (*shape[:-1], hidden), like), "right": right}
+        left, right = low_rank(shape, hidden, "hidden_dim", like)
+        return {"left": left, "right": right}
 
     def change(self, adapter: str, value: Any, *context: Tensor) -> Tensor:
         values = self.values[adapter]

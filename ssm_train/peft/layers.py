@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
+
+from ssm_train.errors import InputError
 
 Values = Mapping[str, Tensor]
 
@@ -33,6 +36,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         self.place = place  # its name in the model
         self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
         self.settings: dict[str, Any] = {}
+        self.kept: list[Any] = []  # by `fold`, to take values out again
         self.merged_adapters = []
         self._owner = [owner]  # in a list: the owner is no part of its own part
 
@@ -77,9 +81,21 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         """Adds the values (`sign` 1) to weights, or takes them out again (-1)."""
         raise NotImplementedError
 
+    def check_merge(self, adapter: str, safe_merge: bool) -> None:
+        """Raises InputError where no weight can hold the values and, with `safe_merge`, ValueError
+        where one is not finite, as PEFT does."""
+        if (reason := self.obstacle(adapter)) is not None:
+            raise InputError(
+                f"{self.place}: the adapter cannot be merged, because {reason}; keep it as an "
+                "adapter"
+            )
+        if safe_merge and not all(bool(v.isfinite().all()) for v in self.values[adapter].values()):
+            raise ValueError(f"{self.place}: adapter {adapter} has values that are not finite")
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.values:
+                self.check_merge(adapter, safe_merge)
                 self.fold(adapter, 1)
                 self.merged_adapters.append(adapter)
 
@@ -136,6 +152,12 @@ class DeltaLayer(OwnLayer):
     def fold(self, adapter: str, sign: int) -> None:
         for name, delta in self.deltas(adapter).items():
             parameter = getattr(self.base_layer, name)
+            if parameter is None:
+                self.kept.append((adapter, name))
+            elif sign < 0 and (adapter, name) in self.kept:  # there was none before
+                self.kept.remove((adapter, name))
+                setattr(self.base_layer, name, None)
+                continue
             moved = move(parameter, sign * delta)
             stored = delta.dtype if parameter is None else parameter.dtype
             setattr(self.base_layer, name, nn.Parameter(moved.to(stored), requires_grad=False))
@@ -149,6 +171,22 @@ def autocasts(x: Tensor) -> bool:
 def move(parameter: Tensor | None, delta: Tensor) -> Tensor:
     """parameter + delta in fp32; the delta alone where there is no parameter."""
     return delta if parameter is None else parameter.to(delta.dtype) + delta
+
+
+def low_rank(shape: tuple[int, ...], r: int, key: str, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A product of rank r that is zero: left [..., r] of zeros, right [r, columns] as LoRA's A.
+
+    shape [..., columns]; `key`: of the settings. Raises InputError for a rank above the matrix's.
+    """
+    *rows, columns = shape
+    if r > (largest := min(math.prod(rows), columns)):
+        raise InputError(
+            f"{key} is {r}, but the matrix is {math.prod(rows)} x {columns}, of rank {largest} at "
+            f"most; lower {key}"
+        )
+    right = torch.empty(r, columns, device=like.device)
+    nn.init.kaiming_uniform_(right, a=math.sqrt(5))
+    return zeros(*rows, r, like=like), right
 
 
 def zeros(*shape: int, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,29 +95,38 @@ def write_merged(
     """Writes full weights, the tokenizer and a card; the model is on the CPU afterwards.
 
     `file_format`: transformers (stock class names), or mamba_ssm for Mamba-1 and 2. Raises
-    InputError, and writes nothing, for weights that the format has no place for. Reopens the files;
-    raises RuntimeError if they do not hold the model.
+    InputError for weights that the format has no place for, RuntimeError where the files, reopened,
+    do not hold the model; then nothing stays.
     """
     directory = Path(directory)
     model: Any = merged.model.cpu()
     check_format(model.config, file_format)
     _check_places(model)
-    if file_format == "mamba_ssm":
-        mamba_checkpoint.write(model, directory)
-    else:
-        save_model(model, directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    _verify(model, directory, file_format, merged.probe.cpu())
-    card = merged_card(
-        base_id,
-        merged.difference,
-        merged.probe.numel(),
-        str(next(model.parameters()).dtype).removeprefix("torch."),
-        merged.ssm_lora,
-        file_format,
-    )
-    (directory / "README.md").write_text(card)
+    partial = directory.with_name(f"{directory.name}.partial")  # until the files are proven
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if file_format == "mamba_ssm":
+            mamba_checkpoint.write(model, partial)
+        else:
+            save_model(model, partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        _verify(model, partial, file_format, merged.probe.cpu())
+        card = merged_card(
+            base_id,
+            merged.difference,
+            merged.probe.numel(),
+            str(next(model.parameters()).dtype).removeprefix("torch."),
+            merged.ssm_lora,
+            file_format,
+        )
+        (partial / "README.md").write_text(card)
+        if directory.is_dir():  # an empty one may be replaced
+            directory.rmdir()
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return directory
 
 

@@ -3,16 +3,14 @@ token: B'_t = s B_t + b, with s and b for each state, for each channel, or for e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from ssm_train.peft.initial_state import Init, start
-from ssm_train.peft.layers import OwnLayer, SiteLayer, zeros
+from ssm_train.peft.layers import OwnLayer, SiteLayer, low_rank
 from ssm_train.peft.tuner import OwnTuner, find_sites
 from ssm_train.settings import Settings
 
@@ -87,9 +85,7 @@ class ParamTransformLayer(SiteLayer):
         A_log = self.owner.A_log
         channels, states = A_log.shape
         if shape == "dn" and settings.r is not None:
-            right = torch.empty(settings.r, states, device=A_log.device)
-            nn.init.kaiming_uniform_(right, a=math.sqrt(5))  # as LoRA's A
-            left = zeros(channels, settings.r, like=A_log)
+            left, right = low_rank((channels, states), settings.r, "r", A_log)
             return {f"{part}_left": left, f"{part}_right": right}
         sizes = {"n": (states,), "d": (channels, 1), "dn": (channels, states)}[shape]
         return {part: start(settings.init, sizes, A_log)}
@@ -121,8 +117,11 @@ class ParamTransformLayer(SiteLayer):
         rows = dict(zip(("dt", "B", "C"), mixer.slices["x_proj"].values(), strict=True))
         matrix = "B" if self.place.endswith(SITES["B"]) else "C"
         parts = dict(zip(rows, mixer.x_proj.weight.data.split(list(rows.values())), strict=True))
-        scale = (1 + self.values[adapter]["scale"].detach()) ** sign
-        parts[matrix].copy_(parts[matrix] * scale[:, None])
+        if sign > 0:
+            self.kept.append(parts[matrix].clone())
+            parts[matrix] *= 1 + self.values[adapter]["scale"].detach()[:, None]
+        else:
+            parts[matrix].copy_(self.kept.pop())
 
 
 class ParamTransformModel(OwnTuner):

@@ -84,10 +84,6 @@ class DecayLayer(ChosenLayer, SiteLayer):
 
     prefix = "sd_lora_"
 
-    def __init__(self, base_layer: nn.Module, owner: nn.Module, place: str) -> None:
-        super().__init__(base_layer, owner, place)
-        self._unmerged: list[Tensor] = []
-
     @property
     def has_states(self) -> bool:  # type: ignore[override]
         return self.owner.A_log.ndim == 2
@@ -143,10 +139,10 @@ class DecayLayer(ChosenLayer, SiteLayer):
         """Taken out in the reverse order, values are what they were, in zeroed channels too."""
         A_log = self.owner.A_log
         if sign > 0:
-            self._unmerged.append(A_log.data)
+            self.kept.append(A_log.data)
             A_log.data = self.change(adapter, A_log.data).detach()
         else:
-            A_log.data = self._unmerged.pop().to(A_log.device)
+            A_log.data = self.kept.pop().to(A_log.device)
 
 
 class ProjectionLayer(ChosenLayer, DeltaLayer):

@@ -3,15 +3,13 @@ step, y_t += silu(z_t) sum_n C_t[n] p[d, n]; or of the output, y_t += silu(z_t) 
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssm_train.peft.initial_state import Init, start
-from ssm_train.peft.layers import OwnLayer, SiteLayer, zeros
+from ssm_train.peft.layers import OwnLayer, SiteLayer, low_rank
 from ssm_train.peft.tuner import OwnTuner, find_sites
 from ssm_train.settings import Settings
 
@@ -48,9 +46,8 @@ class StateOffsetLayer(SiteLayer):
             return {"output": start(settings.init, (channels,), A_log)}
         if settings.r is None:
             return {"state": start(settings.init, (channels, states), A_log)}
-        right = torch.empty(settings.r, states, device=A_log.device)
-        nn.init.kaiming_uniform_(right, a=math.sqrt(5))  # as LoRA's A
-        return {"left": zeros(channels, settings.r, like=A_log), "right": right}
+        left, right = low_rank((channels, states), settings.r, "r", A_log)
+        return {"left": left, "right": right}
 
     def change(self, adapter: str, value: Any, *context: Tensor) -> Tensor:
         (C,) = context

@@ -117,21 +117,36 @@ class OwnTuner(BaseTuner):
         """At unloading: the module comes back as it is, or as `fold` left it."""
         setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **options)
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        model: Any = super()._unload_and_optionally_merge(
+            merge, progressbar, safe_merge, adapter_names
+        )
         join_slices(model)
         return model
 
-    def _check_merge_allowed(self) -> None:
-        """Raises InputError where a layer's values fit no weight, before any other is merged."""
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Before any layer is merged: each says whether its values fit a weight."""
         for layer in own_layers(self.model).values():
-            for adapter in layer.active_adapters:
-                reason = layer.obstacle(adapter) if adapter in layer.values else None
-                if reason is not None:
-                    raise InputError(
-                        f"{layer.place}: the adapter cannot be merged, because {reason}; keep it "
-                        "as an adapter"
-                    )
+            for adapter in adapter_names or layer.active_adapters:
+                if adapter in layer.values and adapter not in layer.merged_adapters:
+                    layer.check_merge(adapter, safe_merge)
+
+    def _check_merge_allowed(self) -> None:
+        """Nothing by model; see `_check_merge`."""
 
 
 class OwnMethod:

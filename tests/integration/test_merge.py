@@ -200,6 +200,7 @@ def test_states_that_an_adapter_added_are_counted(tmp_path: Path) -> None:
         ("gla", {}, "Mamba-1 and Mamba-2, and this model is gla; use the format transformers"),
         ("bamba", {}, "and this model is bamba"),
         ("mamba", {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06, and mamba_ssm"),
+        ("mamba", {"intermediate_size": 48}, "intermediate_size is 48, and mamba_ssm's is expand"),
         ("mamba2", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and mamba_ssm computes with 's"),
     ],
 )

@@ -222,6 +222,63 @@ def test_a_frozen_parameter_s_delta_trains_like_the_parameter() -> None:
     assert relative_error(logits_of(delta.model, ids), logits_of(plain.model, ids)) < 1e-4
 
 
+def test_an_adapter_that_is_not_active_merges_no_part_of_what_fits_no_weight() -> None:
+    config_class = CONFIGS["PARAM_TRANSFORM"]
+    model = get_peft_model(prepare("mamba").model, config_class(scale_shape="n"))
+    model.add_adapter("second", config_class(scale_shape="n", bias_shape="n"))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for merge in (model.merge_adapter, lambda names: model.merge_and_unload(adapter_names=names)):
+        with pytest.raises(InputError, match="cannot be merged, because only a scale"):
+            merge(["second"])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_safe_merge_refuses_what_is_not_finite() -> None:
+    model = get_peft_model(prepare("mamba").model, CONFIGS["PARAM_TRANSFORM"](scale_shape="n"))
+    next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_and_unload(safe_merge=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"peft_type": "PARAM_TRANSFORM", "scale_shape": "n"},
+        {"peft_type": "BITFIT", "target_modules": ["in_proj", "conv1d"]},
+    ],
+)
+def test_unmerging_gives_the_weights_back(settings: dict[str, Any]) -> None:
+    prepared = prepare("mamba", dtype=torch.bfloat16)
+    inject(prepared, settings)
+    for parameter in prepared.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(-1)  # a scale of 0
+    before = {name: tensor.clone() for name, tensor in prepared.model.state_dict().items()}
+    prepared.model.merge_adapter()
+    prepared.model.unmerge_adapter()
+    after = prepared.model.state_dict()
+    assert after.keys() == before.keys()
+    if settings["peft_type"] == "PARAM_TRANSFORM":
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_piece_of_padding_alone_passes_the_window_on() -> None:
+    """A prompt that is read in pieces, the first of which is all padding in one row."""
+    prepared = trained("state_and_window", "mamba")
+    model, ids = prepared.model.eval(), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        first = model(input_ids=ids[:, :4], attention_mask=mask[:, :4], use_cache=True)
+        second = model(
+            input_ids=ids[:, 4:], attention_mask=mask, use_cache=True,
+            cache_params=first.cache_params,
+        )  # fmt: skip
+    assert relative_error(second.logits[0, 2:], whole[0, 6:]) < 1e-5
+    assert relative_error(second.logits[1], whole[1, 4:]) < 1e-5
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -230,6 +287,11 @@ def test_a_frozen_parameter_s_delta_trains_like_the_parameter() -> None:
     [
         ("gla", OWN["state"].settings, "peft_type SSMPEFT: gla models have no initial state"),
         ("mamba2", OWN["offset"].settings, "STATE_OFFSET_TUNING: mamba2 models have no offset"),
+        (
+            "mamba",
+            {"peft_type": "STATE_OFFSET_TUNING", "r": 9},
+            "r is 9, but the matrix is 64 x 8, of rank 8 at most; lower r",
+        ),
         (
             "mamba",
             {"peft_type": "LAYER_FREEZE", "trainable_layers": ["A_lgo"]},
