@@ -196,10 +196,10 @@ def real_positions(hidden: Tensor, attention_mask: Tensor | None) -> Tensor | No
 
 
 def lay_window(window: Tensor, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Lays the window right before the first real token of each row, at its end if it has none.
+    """Lays the window right before the first real token of each row, or at the end of one without.
 
-    window [B or 1, d, W - 1]; x [B, T, d], zero on padding; real [B, T, 1]. Returns the windows before
-    the rows [B, d, W - 1], and x with what of the window falls on its padding on the left.
+    window [B or 1, d, W - 1]; x [B, T, d], zero on padding; real [B, T, 1]. Returns the windows
+    before the rows [B, d, W - 1], and x with what of the window falls on its padding on the left.
     """
     before, rows = window.shape[-1], x.shape[0]
     laid = torch.cat([x.new_zeros(rows, before, x.shape[-1]), x], 1)  # [B, W - 1 + T, d]
