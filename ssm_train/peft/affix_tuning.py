@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssm_train.peft.initial_state import start, state_shape, window_shape
-from ssm_train.peft.layers import OwnLayer, SiteLayer
+from ssm_train.peft.initial_state import state_shape, window_shape
+from ssm_train.peft.layers import OwnLayer, SiteLayer, start
 from ssm_train.peft.tuner import OwnTuner, find_sites
 from ssm_train.settings import Settings
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssm_train.peft.layers import OwnLayer, SiteLayer, low_rank
+from ssm_train.peft.layers import Init, OwnLayer, SiteLayer, low_rank, start
 from ssm_train.peft.tuner import OwnTuner, find_sites
 from ssm_train.settings import Settings
-
-RANDOM_STD = 0.1
-
-Init = Literal["zero", "random"]
 
 
 class ScanSettings(Settings):
@@ -111,11 +106,6 @@ def state_shape(mixer: Any) -> tuple[int, ...]:
 def window_shape(mixer: Any) -> tuple[int, int]:
     """Of one row: [channels, W - 1] inputs of the convolution before the first."""
     return mixer.conv1d.in_channels, mixer.conv1d.kernel_size[0] - 1
-
-
-def start(init: Init, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    scale = RANDOM_STD if init == "random" else 0.0
-    return scale * torch.randn(shape, dtype=torch.float32, device=like.device)
 
 
 class InitialStateModel(OwnTuner):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 from ssm_train.errors import InputError
 
 Values = Mapping[str, Tensor]
+Init = Literal["zero", "random"]
+RANDOM_STD = 0.1
 
 
 class OwnLayer(nn.Module, BaseTunerLayer):
@@ -187,6 +189,12 @@ def low_rank(shape: tuple[int, ...], r: int, key: str, like: Tensor) -> tuple[Te
     right = torch.empty(r, columns, device=like.device)
     nn.init.kaiming_uniform_(right, a=math.sqrt(5))
     return zeros(*rows, r, like=like), right
+
+
+def start(init: Init, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Values at the start, fp32: zeros, or normal with a deviation of 0.1."""
+    scale = RANDOM_STD if init == "random" else 0.0
+    return scale * torch.randn(shape, dtype=torch.float32, device=like.device)
 
 
 def zeros(*shape: int, like: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
-from ssm_train.peft.initial_state import Init, start
-from ssm_train.peft.layers import OwnLayer, SiteLayer, low_rank
+from ssm_train.peft.layers import Init, OwnLayer, SiteLayer, low_rank, start
 from ssm_train.peft.tuner import OwnTuner, find_sites
 from ssm_train.settings import Settings
 
