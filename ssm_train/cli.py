@@ -346,7 +346,9 @@ def existing(run_dir: Path, marker: str = "cfg.yaml") -> Path:
     """The run directory, after a look at whether it is one; for metrics that of the warm-up where
     a run is still in it."""
     if marker == "metrics.jsonl" and not (run_dir / marker).is_file():
-        warming_up = run_dir / "warmup"
+        from ssm_train.record import WARMUP
+
+        warming_up = run_dir / WARMUP
         run_dir = warming_up if (warming_up / marker).is_file() else run_dir
     if not (run_dir / marker).is_file():
         what = f"holds no {marker}" if run_dir.is_dir() else "does not exist"

@@ -18,8 +18,7 @@ from ssm_train.errors import InputError
 from ssm_train.generate import generate_text
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import load_peft
-from ssm_train.record import MARKER, recorded_peft
-from ssm_train.summary import WARMUP
+from ssm_train.record import MARKER, WARMUP, recorded_peft
 
 if TYPE_CHECKING:
     from ssm_train.peft.merge import FileFormat

@@ -30,9 +30,10 @@ from ssm_train.peft.coverage import count_parameters
 from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.plot import plot_selection
+from ssm_train.record import WARMUP
 from ssm_train.resume import RunCheckpoints
 from ssm_train.runlog import RunLog
-from ssm_train.summary import WARMUP, Result, export_weights, print_summary, write_result
+from ssm_train.summary import Result, export_weights, print_summary, write_result
 
 
 @dataclass

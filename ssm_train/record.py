@@ -22,6 +22,7 @@ from ssm_train.strict_yaml import read_document
 
 MARKER = "cfg.yaml"
 RESULT = "result.json"  # how the run ended; summary.py writes it
+WARMUP = "warmup"  # a method's first stage, and the directory of a run that has what it wrote
 PEFT = "peft.json"  # the PEFT settings with all overrides: what `peft` names may change later
 PACKAGES = [
     "ssm_train", "torch", "triton", "transformers", "peft", "accelerate", "datasets",

@@ -14,7 +14,7 @@ from typing import Any
 
 from ssm_train.errors import InputError
 from ssm_train.metrics import LOSSES, clock, read_metrics, short_number
-from ssm_train.record import MARKER, RESULT
+from ssm_train.record import MARKER, RESULT, WARMUP
 from ssm_train.strict_yaml import read_document
 
 NO_RESULT = "running or stopped early"
@@ -129,7 +129,7 @@ def read_run(run_dir: Path) -> Row:
         metric = result["main_metric"]
         return Row(
             *which,
-            result["outcome"] + (" in its warm-up" if result.get("stage") == "warmup" else ""),
+            result["outcome"] + (" in its warm-up" if result.get("stage") == WARMUP else ""),
             result["steps"],
             metric,
             result["metrics"].get(metric),

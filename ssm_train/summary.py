@@ -15,9 +15,7 @@ from ssm_train.checkpoint import write_atomically
 from ssm_train.evaluate import Row
 from ssm_train.loop import Outcome
 from ssm_train.plot import plot_metrics
-from ssm_train.record import RESULT, replace_directory
-
-WARMUP = "warmup"  # a method's first stage, and the directory of a run that has what it wrote
+from ssm_train.record import RESULT, WARMUP, replace_directory
 
 
 @dataclass

@@ -49,13 +49,14 @@ from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import PeftSpec, load_peft
 from ssm_train.record import (
     MARKER,
+    WARMUP,
     check_peft,
     check_run_directory,
     create_run_directory,
     record_peft,
 )
 from ssm_train.resume import find_resume_point
-from ssm_train.summary import WARMUP, Result
+from ssm_train.summary import Result
 
 
 def run(

@@ -69,7 +69,8 @@ def selective_scan_cuda(
     """
     options: dict[str, Any] = {"D": D, "z": z, "output_final_state": output_final_state}
     step = initial_state is not None and u.shape[1] == 1  # decoding, token by token
-    trained = any(x.requires_grad for x in (u, dt, A, B, C)) and torch.is_grad_enabled()
+    sources = [x for x in (u, dt, A, B, C, initial_state) if x is not None]
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in sources)
     if step or (output_final_state and trained):
         return selective_scan(u, dt, A, B, C, initial_state=initial_state, **options)
     assert not (output_final_state and cu_seqlens is not None), "packed rows have no cache"

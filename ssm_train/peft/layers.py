@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
+from ssm_train.adapters.common import Fp32BiasLinear
 from ssm_train.errors import InputError
 
 Values = Mapping[str, Tensor]
@@ -141,6 +142,8 @@ class DeltaLayer(OwnLayer):
         if x.dtype in (torch.bfloat16, torch.float16) and not autocasts(x):
             fp32 = {k: p.float() for k, p in self.base_layer.named_parameters(recurse=False)}
             output = functional_call(self.base_layer, fp32 | moved, (x.float(), *inputs), options)
+            if isinstance(self.base_layer, Fp32BiasLinear):  # its output is fp32 for any input
+                return output
             return tree_map_only(Tensor, lambda y: y.to(x.dtype), output)
         return functional_call(self.base_layer, moved, (x, *inputs), options)
 

@@ -285,6 +285,16 @@ def test_a_bf16_model_computes_without_autocast_too(family, own):
     assert 0 < relative_error(plain, exact) < 2 * own_error
 
 
+@pytest.mark.parametrize("family", ["mamba", "gla"])
+def test_step_sizes_and_gates_stay_fp32_without_autocast(family):
+    name = {"mamba": "dt_proj", "gla": "gk_proj.1"}[family]
+    prepared = prepare(family, dtype=torch.bfloat16)
+    load_peft({"peft_type": "BITFIT", "target_modules": [name]}).make().inject(prepared)
+    layer = next(x for x in own_layers(prepared.model).values())
+    x = torch.randn(2, 3, layer.base_layer.in_features, dtype=torch.bfloat16)
+    assert layer(x).dtype == layer.base_layer(x).dtype == torch.float32
+
+
 def test_a_share_that_rounds_to_nothing_zeroes_nothing():
     prepared, _ = two_stages("gla", peft_type="GLA_SD_LORA", num_zero={"channel": 0.01})
     assert merge_adapter(prepared.model, prepared.traits).difference < 1e-6

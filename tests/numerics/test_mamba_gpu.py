@@ -107,6 +107,17 @@ def test_the_scan_s_kernel_starts_from_states(rows, per_channel, states_given, m
     assert_scans_agree(rows, per_channel, states_given=states_given)
 
 
+def test_a_last_state_has_the_gradient_of_the_first_alone(monkeypatch):
+    monkeypatch.setattr(mamba_cuda, "load_kernel", lambda *_: loop_over_channels_first)
+    values, options = scan_inputs("full", "", states_given=1)
+    values = {k: v.detach().requires_grad_(k == "initial_state") for k, v in values.items()}
+    gradients = [
+        torch.autograd.grad(scan(**values, **options)[1].sum(), values["initial_state"])[0]
+        for scan in (selective_scan_cuda, selective_scan)
+    ]
+    assert relative_error(*gradients) < 1e-5
+
+
 def test_a_channel_without_memory_forgets_its_state(monkeypatch):
     """As SD_LORA makes them: A = -exp(69)."""
     monkeypatch.setattr(mamba_cuda, "load_kernel", lambda *_: loop_over_channels_first)
