@@ -14,7 +14,8 @@ import argparse
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Set
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,27 +36,30 @@ def carry_out(parts: list[str], done: Results, options: Options, jobs: int) -> l
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     failures: dict[str, str] = {}
-    while waiting := missing_jobs(parts, done, options, failures):
-        with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
-            futures = {pool.submit(run_job, job, options): job for job in waiting}
-            for future in as_completed(futures):
-                job, error = futures[future], future.exception()
+    running: dict[Future[Found], Job] = {}
+    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
+        while True:
+            started = {key_of(job) for job in running.values()}
+            for job in missing_jobs(parts, done, options, failures.keys() | started):
+                running[pool.submit(run_job, job, options)] = job
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, error = running.pop(future), future.exception()
                 if error is None:
                     done.add(job, future.result())
                 else:
                     failures[key_of(job)] = f"{type(error).__name__}: {error}"
-                print(describe_end(job, done, error, len(waiting)), flush=True)
+                print(describe_end(job, done, error, len(running)), flush=True)
     return [f"{job}: {error}" for job, error in failures.items()]
 
 
-def missing_jobs(
-    parts: list[str], done: Results, options: Options, failures: dict[str, str]
-) -> list[Job]:
-    """What may run now. A base model that lies on another machine is made again."""
+def missing_jobs(parts: list[str], done: Results, options: Options, known: Set[str]) -> list[Job]:
+    """What may start now, but for the keys in `known`."""
     found: dict[str, Job] = {}
     for name in parts:
         for job in PARTS[name].next_jobs(done, options):
-            if job not in done and key_of(job) not in failures:
+            if job not in done and key_of(job) not in known:
                 found[key_of(job)] = job
     return list(found.values())
 
@@ -73,11 +77,11 @@ def run_job(job: Job, options: Options) -> Found:
     return {**found, "wall_seconds": time.perf_counter() - began}
 
 
-def describe_end(job: Job, done: Results, error: BaseException | None, waiting: int) -> str:
+def describe_end(job: Job, done: Results, error: BaseException | None, open_jobs: int) -> str:
     name = name_of(job)
     if error is not None:
         return f"FAILED {name}: {error}"
-    return f"{name}: {done[job]['wall_seconds']:.0f} s ({waiting} in this round)"
+    return f"{name}: {done[job]['wall_seconds']:.0f} s ({open_jobs} more under way or waiting)"
 
 
 def write_report(parts: list[str], done: Results, options: Options) -> str:

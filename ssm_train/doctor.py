@@ -19,7 +19,7 @@ OPTIONAL = {
     "triton": ("kernels on NVIDIA GPUs; imported by GLA", "pip install triton"),
     "flash-linear-attention": ("the GLA family", "pip install 'flash-linear-attention>=0.6,<0.7'"),
     "deepspeed": ("planned: ZeRO; runs refuse it so far", "pip install -e '.[deepspeed]'"),
-    "mamba-ssm": ("fast scans of Mamba on a GPU", "pip install -e '.[mamba]'"),
+    "mamba-ssm": ("fast scans of Mamba-2 on a GPU", "pip install -e '.[mamba]'"),
     "causal-conv1d": ("needed by mamba-ssm for its own models", "pip install -e '.[mamba]'"),
     "liger-kernel": ("fused losses on NVIDIA GPUs", "pip install -e '.[cuda]'"),
     "lm-eval": ("standard benchmarks", "pip install -e '.[eval]'"),
@@ -150,10 +150,9 @@ def kernels_of(family: str, device: str, devices: dict[str, Any]) -> list[Kernel
 
 def import_problem_of(implementation: str) -> str | None:
     """Why an installed mamba_ssm cannot be used, and what to do; None for all other kernels."""
-    from ssm_train.adapters.mamba_cuda import REPAIR, SCAN, SSD
+    from ssm_train.adapters.ssd_triton import REPAIR, SSD
 
-    module = {"mamba_ssm (CUDA)": SCAN, "mamba_ssm (Triton)": SSD}.get(implementation)
-    problem = None if module is None else import_problem(module)
+    problem = import_problem(SSD) if implementation == "mamba_ssm (Triton)" else None
     return problem and f"mamba_ssm is installed but broken ({problem}); {REPAIR}"
 
 
@@ -162,7 +161,7 @@ def reason_for(operation: str, implementation: str, devices: dict[str, Any]) -> 
     if implementation != "reference":
         return ""
     if devices["gpus"]:
-        if operation in ("selective_scan", "ssd"):
+        if operation == "ssd":
             return "plain PyTorch: mamba_ssm is faster, pip install -e '.[mamba]'"
         return "plain PyTorch: this operation has no kernel of its own here"
     return f"plain PyTorch: {devices['problem']}"

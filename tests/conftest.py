@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # read once, when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)

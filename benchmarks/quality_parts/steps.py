@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from statistics import median
+from tempfile import mkdtemp
 from typing import Any
 
 from quality_parts.jobs import Found, Job, Options, Results, finite, spread, sweep, table
@@ -164,11 +166,12 @@ def write_cipher(work: Path, seed: int) -> Path:
     by another one of its field. Which one is fixed, and depends on the ship's kind: there are two
     such ciphers. So there is something to learn for 500 steps, and no record twice."""
     directory = work / f"cipher-{seed}"
-    if (directory / "val.jsonl").exists():
+    if directory.exists():
         return directory
     draw = random.Random(f"cipher {seed}")
     ciphers = [{name: _derange(values, draw) for name, values in FIELDS.items()} for _ in "ab"]
-    for split, size in (("train", 4096), ("val", 64)):  # val last: it says that all is there
+    made = Path(mkdtemp(dir=work))
+    for split, size in (("train", 4096), ("val", 64)):
         lines = []
         for _ in range(size):
             record = {name: draw.choice(values) for name, values in FIELDS.items()}
@@ -177,7 +180,11 @@ def write_cipher(work: Path, seed: int) -> Path:
             draw.shuffle(facts)
             sentence = NEW_WORDING.format(**{name: cipher[name][v] for name, v in record.items()})
             lines.append(json.dumps({"record": " | ".join(facts), "sentence": sentence}) + "\n")
-        write_atomically(directory / f"{split}.jsonl", "".join(lines))
+        write_atomically(made / f"{split}.jsonl", "".join(lines))
+    try:
+        made.rename(directory)
+    except OSError:  # another process was first
+        shutil.rmtree(made)
     return directory
 
 

@@ -12,11 +12,9 @@ from transformers import BambaConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.bamba import modeling_bamba as stock
 
-from ssm_train.adapters import common, loading
+from ssm_train.adapters import common, loading, ssd_triton
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
 from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer
-from ssm_train.errors import InputError
-from ssm_train.kernels import causal_conv1d, ssd
 
 TRAITS = Traits(
     lora_targets=(
@@ -113,19 +111,16 @@ class BambaAdapter:
 
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`."""
-        chosen = {"causal_conv1d": causal_conv1d.implementation(), "ssd": ssd.implementation()}
-        if kernels != "auto" and (others := set(chosen.values()) - {kernels}):
-            raise InputError(
-                f"kernels: {kernels} was asked for, but bamba runs on {min(others)} kernels on "
-                f"{device}; use kernels: auto"
-            )
-        return chosen
+        return {"causal_conv1d": "reference", "ssd": ssd_triton.implementation(kernels, device)}
 
     def prepare(self, spec: ModelSpec) -> Prepared:
         kernels = self.choose_kernels(spec.kernels, spec.device)
         tokenizer = loading.load_tokenizer(spec)
         model = loading.load_or_make(stock.BambaForCausalLM, BambaConfig, spec, tokenizer)
         adopt(model)
+        for module in model.modules():
+            if isinstance(module, BambaMixer):
+                module.kernels = spec.kernels
         model = common.finish(model, spec, tokenizer, self.traits)
         return Prepared(model, tokenizer, self.traits, kernels)
 

@@ -13,11 +13,11 @@ from transformers import DynamicCache, Mamba2Config, MambaConfig
 from transformers.models.mamba import modeling_mamba as stock1
 from transformers.models.mamba2 import modeling_mamba2 as stock2
 
-from ssm_train.adapters import common, loading, mamba_checkpoint, mamba_cuda
+from ssm_train.adapters import common, loading, mamba_checkpoint, ssd_triton
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
 from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer, MambaMixer
 from ssm_train.errors import InputError
-from ssm_train.kernels import causal_conv1d, selective_scan, ssd
+from ssm_train.kernels import selective_scan
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 SUPPORTS = frozenset({"packing", "cached_decode", "grad_ckpt"})
@@ -207,22 +207,17 @@ class MambaAdapter:
     traits: Traits
     config_class: Any
     model_class: Any
-    kernels: dict[str, Any]
-    """op -> its package."""
-    fast_kernels: dict[str, str]
-    """op -> what runs it on a GPU where mamba_ssm is installed."""
 
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`."""
-        if kernels == "triton":
+        if self.name == "mamba2":
+            return {"causal_conv1d": "reference", "ssd": ssd_triton.implementation(kernels, device)}
+        scan = selective_scan.implementation(kernels, device)
+        if kernels == "triton" and scan == "reference":
             raise InputError(
-                f"kernels: triton was asked for, but {self.name} has none here yet; "
-                "use kernels: auto"
+                f"kernels: triton needs a GPU, but the device is {device!r}; use kernels: auto"
             )
-        chosen = {op: package.implementation() for op, package in self.kernels.items()}
-        if kernels == "auto" and mamba_cuda.available(device):
-            chosen |= self.fast_kernels
-        return chosen
+        return {"causal_conv1d": "reference", "selective_scan": scan}
 
     def prepare(self, spec: ModelSpec) -> Prepared:
         kernels = self.choose_kernels(spec.kernels, spec.device)
@@ -231,7 +226,7 @@ class MambaAdapter:
         adopt(model)
         for module in model.modules():
             if isinstance(module, CachedMixer):
-                module.fast = bool(self.fast_kernels.items() & kernels.items())
+                module.kernels = spec.kernels
         model = common.finish(model, spec, tokenizer, self.traits)
         return Prepared(model, tokenizer, self.traits, kernels)
 
@@ -261,14 +256,10 @@ MAMBA = MambaAdapter(
     MAMBA_TRAITS,
     MambaConfig,
     stock1.MambaForCausalLM,
-    {"causal_conv1d": causal_conv1d, "selective_scan": selective_scan},
-    {"selective_scan": "mamba_ssm (CUDA)"},
 )
 MAMBA2 = MambaAdapter(
     "mamba2",
     MAMBA2_TRAITS,
     Mamba2Config,
     stock2.Mamba2ForCausalLM,
-    {"causal_conv1d": causal_conv1d, "ssd": ssd},
-    {"ssd": "mamba_ssm (Triton)"},
 )

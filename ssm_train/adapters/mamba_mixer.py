@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.models.mamba import modeling_mamba as stock1
 from transformers.models.mamba2 import modeling_mamba2 as stock2
 
-from ssm_train.adapters import common
-from ssm_train.adapters.mamba_cuda import selective_scan_cuda, ssd_triton
+from ssm_train.adapters import common, ssd_triton
+from ssm_train.adapters.base import KernelChoice
 from ssm_train.kernels.selective_scan import selective_scan
 from ssm_train.kernels.ssd import ssd
 
@@ -36,8 +36,8 @@ class CachedMixer:
     initial_context: common.Site
     offset: common.Site
     dtype_checked = False
-    fast = False
-    """Use mamba_ssm's kernels for tensors on a GPU."""
+    kernels: KernelChoice = "auto"
+    """What runs tensors on a GPU; others always take the reference."""
 
     def _check_dtype(self: Any) -> None:
         if not self.dtype_checked:
@@ -112,12 +112,13 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
         dt, B, C = self.x_proj(x).split(
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
         )
-        dt = step_sizes(self.dt_proj(dt), real)
-        scan = selective_scan_cuda if self.fast and x.is_cuda else selective_scan
+        dt = self.dt_proj(dt)
+        if real is not None:  # a step of size 0: the state passes through padding unchanged
+            dt = dt.masked_fill(~real, -torch.inf)
         with torch.autocast(x.device.type, enabled=False):
             A_log, B, C = self.extra_states((self.log_decay(self.A_log), B, C), x)
             B, C = self.input_matrix(B), self.output_matrix(C)  # [B, T, n], or [B, T, d, n]
-            y, state = scan(
+            y, state = selective_scan(
                 x,
                 dt,
                 -torch.exp(A_log),
@@ -125,6 +126,8 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
                 C,
                 D=self.skip(self.D),
                 z=z,
+                dt_softplus=True,
+                kernels=self.kernels,
                 initial_state=past,
                 output_final_state=cache_params is not None,
                 cu_seqlens=cu_seqlens,
@@ -170,7 +173,8 @@ class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
         # The bias promotes dt to fp32 before the softplus.
         bias = self.step_bias(self.dt_bias)
         dt = step_sizes(dt + bias, real, *self.time_step_limit)  # [B, T, heads]
-        scan = ssd_triton if self.fast and x.is_cuda else ssd
+        plain = ssd_triton.implementation(self.kernels, x.device) == "reference"
+        scan = ssd if plain else ssd_triton.ssd_triton
         with torch.autocast(x.device.type, enabled=False):
             y, state = scan(
                 x.unflatten(-1, (self.num_heads, self.head_dim)),

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Mamba2ForCausalLM, MambaForCausalLM
@@ -247,9 +248,12 @@ def test_bf16_keeps_the_state_space_parameters_in_fp32(
     seen = []
     op = "selective_scan" if family == "mamba" else "ssd"
     original = getattr(mamba_mixer, op)
-    monkeypatch.setattr(
-        mamba_mixer, op, lambda x, dt, *a, **k: seen.append(dt) or original(x, dt, *a, **k)
-    )
+
+    def record(x: Tensor, dt: Tensor, *matrices: Tensor, **options: Any) -> Any:
+        seen.append(F.softplus(dt) if options.get("dt_softplus") else dt)
+        return original(x, dt, *matrices, **options)
+
+    monkeypatch.setattr(mamba_mixer, op, record)
     mixer = model.backbone.layers[0].mixer
     bias = mixer.dt_proj.bias if family == "mamba" else mixer.dt_bias
     ids = torch.stack(documents(6))

@@ -1,12 +1,5 @@
-"""Gated linear attention: the public op, and which implementation runs it."""
-
-from __future__ import annotations
+"""Gated linear attention: the public op, in plain PyTorch."""
 
 from ssm_train.kernels.gla.reference import gla
 
-__all__ = ["gla", "implementation"]
-
-
-def implementation() -> str:
-    """Name of the implementation in use; "reference" is plain PyTorch."""
-    return "reference"
+__all__ = ["gla"]

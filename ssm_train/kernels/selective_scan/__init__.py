@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from ssm_train.kernels.selective_scan.reference import selective_scan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_train.kernels.selective_scan import reference
 
 __all__ = ["implementation", "selective_scan"]
 
 
-def implementation() -> str:
-    """Name of the implementation in use; "reference" is plain PyTorch."""
-    return "reference"
+def implementation(kernels: str, device: str | torch.device) -> str:
+    """ "triton" for tensors on a GPU unless `kernels` is "reference", which is plain PyTorch."""
+    on_gpu = torch.device(device).type == "cuda"
+    return "triton" if on_gpu and kernels != "reference" else "reference"
+
+
+def selective_scan(
+    u: Tensor, *matrices: Tensor, kernels: str = "auto", **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.selective_scan`, by the implementation for u's device; fp64 by the reference."""
+    if u.dtype != torch.float64 and implementation(kernels, u.device) == "triton":
+        from ssm_train.kernels.selective_scan import triton
+
+        return triton.selective_scan(u, *matrices, **options)
+    return reference.selective_scan(u, *matrices, **options)

@@ -30,6 +30,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The scan of Mamba (arXiv 2312.00752, algorithm 2), with state in and out.
 
@@ -37,13 +38,14 @@ def selective_scan(
         y_t = (C_t . h_t + D u_t) silu(z_t)
 
     Args:
-        u, dt, z: [B, T, d]. dt >= 0 is the step after softplus; 0 passes the state unchanged.
+        u, dt, z: [B, T, d]. dt >= 0 is the step; 0 passes the state unchanged.
         A: [d, n], negative. B, C: [B, T, n], shared by all channels, or [B, T, d, n]. D: [d].
         initial_state: [N, d, n], or [1, d, n] for all; zeros if None. N is B, or the number of
             documents.
         output_final_state: also return the states after the last token.
         cu_seqlens: [N + 1] offsets of documents packed into one row (B = 1); each starts from
             the initial state and sees nothing of the others.
+        dt_softplus: dt is the step before its softplus; -inf passes the state unchanged.
 
     Returns:
         y [B, T, d] in u's dtype, and the final states [N, d, n] or None. The state is fp32
@@ -63,6 +65,8 @@ def selective_scan(
     initial = initial.reshape(len(spans), rows, -1, channels)
 
     B, C = (v[..., None] if v.ndim == 3 else v.mT.contiguous() for v in (B, C))
+    if dt_softplus:
+        dt = F.softplus(dt.to(dtype))
     wide = (v.to(dtype).transpose(0, 1) for v in (u, dt, B, C))  # time first
     y, final = _Scan.apply(*wide, A.to(dtype).mT.contiguous(), initial, spans)
     y = y.transpose(0, 1)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from matrix.methods import METHODS, Json
 from ssm_train import distributed
-from ssm_train.adapters import common, mamba_cuda
+from ssm_train.adapters import common
 from ssm_train.adapters.base import Batch, LossSum, Prepared
-from ssm_train.adapters.mamba_mixer import CachedMixer
 from ssm_train.optim import same_rate
 from ssm_train.peft.spec import load_peft
 
@@ -111,10 +110,6 @@ class Cell:
 
 
 def on_device(model: nn.Module) -> nn.Module:
-    """The model there, with the kernels that a run chooses there."""
-    for module in model.modules():
-        if isinstance(module, CachedMixer):
-            module.fast = mamba_cuda.available(str(DEVICE))
     return model.to(DEVICE)
 
 

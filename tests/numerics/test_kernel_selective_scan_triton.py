@@ -1,0 +1,137 @@
+"""The Triton scan against a float64 loop of the paper's equation and against the reference: on a
+GPU compiled, elsewhere in Triton's interpreter with chunks of a few steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton needs Linux")
+
+from test_kernel_selective_scan import (
+    NAMES,
+    assert_close,
+    make_inputs,
+    scan_by_the_paper,
+    value_and_gradients,
+)
+
+from ssm_train.kernels.selective_scan import reference, triton
+
+GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("interpreter", marks=pytest.mark.skipif(GPU, reason="needs a CPU alone")),
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]),
+    ]
+)
+def scan(request, monkeypatch):
+    """The kernel where it runs, with `lengths`: of a step, a chunk, and several and a part."""
+    device = "cuda" if request.param == "cuda" else "cpu"
+    if device == "cpu":
+        monkeypatch.setattr(triton, "CHUNKS", (4, 4))
+        monkeypatch.setattr(triton, "PROGRAMS", 8)
+        monkeypatch.setattr(triton, "CHANNELS", 4)
+
+    def run(**inputs):
+        inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+        y, state = triton.selective_scan(**{"output_final_state": True, **inputs})
+        return y.cpu(), None if state is None else state.cpu()
+
+    run.lengths = (1, 128, 300) if device == "cuda" else (1, 4, 11)
+    return run
+
+
+@pytest.mark.parametrize("per_channel", ["", "B", "C", "BC"])
+def test_values_and_gradients_follow_the_paper(scan, per_channel):
+    for length in scan.lengths:
+        inputs = make_inputs(length=length, per_channel=per_channel)
+        expected = value_and_gradients(scan_by_the_paper, inputs)
+        assert_close(value_and_gradients(scan, inputs), expected)
+
+
+@pytest.mark.parametrize("boundary", range(1, 9))
+def test_documents_are_apart(scan, boundary):
+    """A boundary at every place of a chunk, a document of one token behind it, and one of none."""
+    length = scan.lengths[-1]
+    first = boundary if length < 128 else 124 + boundary
+    offsets = torch.tensor([0, first, first + 1, first + 1, length], dtype=torch.int32)
+    inputs = make_inputs(rows=1, length=length, documents=4)
+    results = [
+        value_and_gradients(lambda op=op, **v: op(**v, cu_seqlens=offsets), inputs)
+        for op in (scan, lambda **v: reference.selective_scan(**v, output_final_state=True))
+    ]
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("poison", [1e30, float("nan")])
+def test_nothing_leaks_over_a_boundary(scan, poison):
+    length = scan.lengths[-1]
+    inputs = make_inputs(rows=1, length=length, documents=1)
+    offsets = torch.tensor([0, length // 2, length], dtype=torch.int32)
+    y, _ = scan(**inputs, cu_seqlens=offsets)
+    first_grad = torch.autograd.grad(y[:, length // 2 :].sum(), inputs["u"])[0][:, : length // 2]
+    assert first_grad.abs().max() == 0
+    poisoned = dict(inputs, u=inputs["u"].detach().clone())
+    poisoned["u"][:, : length // 2] = poison
+    found = scan(**poisoned, cu_seqlens=offsets)[0]
+    assert torch.equal(found[:, length // 2 :], y[:, length // 2 :])
+
+
+def test_softplus_and_padding(scan):
+    """A step of -inf before its softplus passes the state; tiny ones are not rounded to 0."""
+    inputs = make_inputs(length=scan.lengths[-1])
+    raw = torch.randn(inputs["dt"].shape) * 8
+    raw[:, 2:4] = -torch.inf
+    raw[:, 5] = -18.0
+    inputs["dt"] = raw.requires_grad_()
+    y, state, *gradients = value_and_gradients(lambda **v: scan(**v, dt_softplus=True), inputs)
+    expected = value_and_gradients(
+        lambda **v: scan_by_the_paper(**dict(v, dt=F.softplus(v["dt"].double()))), inputs
+    )
+    assert_close([y, state, *gradients], expected)
+    assert gradients[NAMES.index("dt")][:, 2:4].abs().max() == 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_bf16_inputs_keep_an_fp32_state(scan, shared):
+    inputs = make_inputs(length=scan.lengths[-1])
+    for name in ("u", "B", "C", "z"):
+        inputs[name] = inputs[name].detach().bfloat16().requires_grad_()
+    if shared:  # one initial state for all rows
+        inputs["initial_state"] = inputs["initial_state"].detach()[:1].requires_grad_()
+    expected = value_and_gradients(scan_by_the_paper, inputs)
+    actual = value_and_gradients(scan, inputs)
+    assert actual[0].dtype == torch.bfloat16 and actual[1].dtype == torch.float32
+    assert_close(actual[1:2], expected[1:2])
+    assert_close(actual, expected, tolerance=1e-2)
+
+
+def test_slices_of_a_projection_and_no_optional_inputs(scan):
+    """Inputs that are not contiguous, as the mixer's are."""
+    inputs = make_inputs(length=scan.lengths[-1], states=3)
+    wide = torch.randn(2, scan.lengths[-1], 16, requires_grad=True)
+    inputs = {k: inputs[k] for k in ("dt", "A")}
+
+    def by(op, wide, **others):
+        return op(u=wide[..., :5], B=wide[..., 5:8], C=wide[..., 8:11], **others)
+
+    found = by(scan, wide, **inputs, output_final_state=False)
+    expected, _ = by(reference.selective_scan, wide, **inputs)
+    assert found[1] is None
+    assert_close(found[:1], [expected])
+    gradients = [torch.autograd.grad(y.square().sum(), wide)[0] for y in (found[0], expected)]
+    assert_close(gradients[:1], gradients[1:])
+
+
+def test_a_channel_without_memory_forgets_its_state(scan):
+    """As SD_LORA makes them: A = -exp(69)."""
+    inputs = make_inputs(length=scan.lengths[-1])
+    inputs["A"] = inputs["A"].detach().index_fill(0, torch.tensor([2]), -1e30).requires_grad_()
+    expected = value_and_gradients(scan_by_the_paper, inputs)
+    actual = value_and_gradients(scan, inputs)
+    assert all(value.isfinite().all() for value in actual)
+    assert_close(actual, expected)
