@@ -12,17 +12,19 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch, LossSum
 from ssm_train.assemble import Subject, make_batches
 from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig
-from ssm_train.data.batches import collate
+from ssm_train.data.batches import collate, pack
 from ssm_train.data.order import Order
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.evaluate import Evaluation
+from ssm_train.isolation import check_isolation
 from ssm_train.loop import Outcome, Schedule, Training, TrainState, plan_schedule, train
 from ssm_train.metrics import LOSSES, Progress
 from ssm_train.optim import build_optimizer, describe_rates, same_rate
@@ -87,6 +89,30 @@ class Ready:
             self.token_losses,
             reduce_max=distributed.reduce_max,
         )
+
+    def prove_isolated(self) -> None:
+        """All ranks, on the same two documents. Raises InputError where packed ones touch."""
+        examples, row = self.data["train"], self.order.micro_batches(0)[0]
+        shortest = row[np.argsort(examples.lengths[row], kind="stable")[:2]]
+        documents = np.resize(shortest, 2)  # the same one twice where there is one alone
+        lengths = examples.lengths[documents]
+        pair, alone = (
+            pack(examples, documents, int(lengths.sum())),
+            collate(examples, documents[1:]),
+        )
+        second = pair.target_positions >= int(lengths[0])
+        pair.targets, pair.target_positions = pair.targets[second], pair.target_positions[second]
+        device = self.accelerator.device
+        adapter = self.subject.adapter
+
+        def token_logits(model: nn.Module, batch: Batch) -> Tensor:
+            with distributed.autocast(self.cfg.prec, device):
+                return adapter.token_logits(model, batch)
+
+        check_isolation(
+            self.subject.prepared.model, pair.to(device), alone.to(device), self.token_losses,
+            token_logits, exact=self.cfg.prec == "fp32" and device.type == "cpu",
+        )  # fmt: skip
 
 
 @dataclass

@@ -145,6 +145,8 @@ def get_ready(
     elif method and not found:
         method.calibrate(prepared, ready.examples(), ready.token_losses)
     ready.prove_alive()
+    if cfg.packing and cfg.packing_check:
+        ready.prove_isolated()
     autocast = partial(distributed.autocast, cfg.prec, device)
     ready.evaluations = {
         split: build_evaluation(cfg, subject.adapter, data[split], subject.prepared, autocast)

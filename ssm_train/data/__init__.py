@@ -38,6 +38,8 @@ class DataSettings(Settings):
     """Longest example in tokens; longer ones are dropped from training, and counted."""
     packing: bool = False
     """Pack documents into rows of `tokens_per_batch` tokens; state resets between documents."""
+    packing_check: bool = True
+    """Prove on two documents, before training, that packed they are as alone."""
     tokens_per_batch: int = Field(default=16_384, ge=16)
     """Tokens in a packed micro-batch of one process."""
     group_by_length: bool = True

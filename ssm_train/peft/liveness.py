@@ -40,8 +40,8 @@ def check_liveness(
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise InputError("nothing to train: no parameter of the model requires a gradient")
-    with _unchanged(model):
-        _fill_zeros(trainable)
+    with unchanged(model, training=True):
+        fill_zeros(trainable)
         loss, norms = _gradient_norms(model, batch, token_losses, trainable, backward)
     if reduce_max is not None:
         norms = reduce_max(norms)
@@ -90,8 +90,9 @@ def _gradient_norms(
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Train mode inside; afterwards modes, zero tensors, buffers, gradients and RNG as before."""
+def unchanged(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Train or evaluation mode inside; afterwards modes, zero tensors, buffers, gradients and RNG
+    as before."""
     modes = {module: module.training for module in model.modules()}
     gradients = {p: p.grad for p in model.parameters()}
     zeros = {p: p.detach().clone() for p in model.parameters() if _is_zero(p)}
@@ -99,7 +100,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices, key=str)):
         try:
-            model.train()
+            model.train(training)
             for parameter in gradients:
                 parameter.grad = None
             yield
@@ -113,7 +114,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def _fill_zeros(trainable: dict[str, nn.Parameter]) -> None:
+def fill_zeros(trainable: dict[str, nn.Parameter]) -> None:
+    """Small noise in place of tensors that are all zero."""
     # A generator of its own: the same noise on every rank, whatever was drawn before.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

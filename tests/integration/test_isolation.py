@@ -1,0 +1,80 @@
+"""The preflight of packed runs passes on every family, and stops each kind of leak."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import LORA, train, write_config
+
+from ssm_train.adapters import common, gla, mamba_mixer
+from ssm_train.errors import InputError
+from ssm_train.kernels import causal_conv1d, selective_scan, ssd
+from ssm_train.kernels.gla import gla as gla_kernel
+
+PACKED = {"packing": True, "batch_size": None, "tokens_per_batch": 128, "max_steps": 1}
+PEFT = {"initial state": {"peft_type": "SSMPEFT", "scan": {"type": "init_state", "init": "zero"}}}
+
+
+def write(directory: Path, family: str, **changes: Any) -> Path:
+    return write_config(directory, "packed", family, **PACKED | changes)
+
+
+@pytest.mark.parametrize("prec", ["fp32", "bf16"])
+@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "LoRA"])
+@pytest.mark.parametrize("family", ["gla", "mamba", "mamba2"])
+def test_packed_runs_start(family: str, peft: Any, prec: str, tmp_path: Path) -> None:
+    assert train(write(tmp_path, family, peft=peft, prec=prec)).outcome == "finished"
+
+
+def test_documents_start_from_a_trained_state(tmp_path: Path) -> None:
+    result = train(write(tmp_path, "mamba", peft=PEFT["initial state"]))
+    assert result.outcome == "finished"
+
+
+def without_documents(op: Any, *args: Any, cu_seqlens: Any = None, **options: Any) -> Any:
+    """A kernel that takes a packed row for one document."""
+    return op(*args, **options)
+
+
+def with_other_starts(op: Any, *args: Any, initial_state: Any = None, **options: Any) -> Any:
+    """A kernel that knows documents, and starts those of a packed row from a state of its own."""
+    if options.get("cu_seqlens") is not None:
+        u, A = args[0], args[2]
+        initial_state = A.new_full((1, *A.shape), 0.5 if len(u) == 1 else 0.0)
+    return op(*args, initial_state=initial_state, **options)
+
+
+@pytest.mark.parametrize("prec", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("family", "place", "name", "op"),
+    [
+        ("gla", gla, "gla", gla_kernel),
+        ("mamba", mamba_mixer, "selective_scan", selective_scan.selective_scan),
+        ("mamba", common, "causal_conv1d", causal_conv1d.causal_conv1d),
+        ("mamba2", mamba_mixer, "ssd", ssd.ssd),
+        ("mamba2", common, "causal_conv1d", causal_conv1d.causal_conv1d),
+    ],
+)
+def test_a_kernel_that_sees_no_documents_stops_the_run(
+    family: str, place: Any, name: str, op: Any, prec: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(place, name, partial(without_documents, op))
+    config = write(tmp_path, family, peft=LORA, prec=prec)
+    with pytest.raises(InputError, match=r"packing: documents of one row are not apart.*report"):
+        train(config)
+    assert not (tmp_path / "output").exists()
+    unchecked = write(tmp_path, family, peft=LORA, prec=prec, packing_check=False)
+    assert train(unchecked).outcome == "finished"
+
+
+def test_documents_that_start_elsewhere_than_alone_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = partial(with_other_starts, selective_scan.selective_scan)
+    monkeypatch.setattr(mamba_mixer, "selective_scan", scan)
+    with pytest.raises(InputError, match="second document of a row has other logits than alone"):
+        train(write(tmp_path, "mamba", peft=LORA))
