@@ -141,9 +141,7 @@ def kernels_of(family: str, device: str, devices: dict[str, Any]) -> list[Kernel
     return [
         Kernel(family, operation, None, problem)
         if (problem := import_problem_of(implementation))
-        else Kernel(
-            family, operation, implementation, reason_for(operation, implementation, devices)
-        )
+        else Kernel(family, operation, implementation, reason_for(implementation, devices))
         for operation, implementation in chosen.items()
     ]
 
@@ -156,14 +154,12 @@ def import_problem_of(implementation: str) -> str | None:
     return problem and f"mamba_ssm is installed but broken ({problem}); {REPAIR}"
 
 
-def reason_for(operation: str, implementation: str, devices: dict[str, Any]) -> str:
+def reason_for(implementation: str, devices: dict[str, Any]) -> str:
     """Why not a faster one."""
     if implementation != "reference":
         return ""
-    if devices["gpus"]:
-        if operation == "ssd":
-            return "plain PyTorch: mamba_ssm is faster, pip install -e '.[mamba]'"
-        return "plain PyTorch: this operation has no kernel of its own here"
+    if devices["gpus"]:  # only the SSD has none of ours
+        return "plain PyTorch: mamba_ssm is faster, pip install -e '.[mamba]'"
     return f"plain PyTorch: {devices['problem']}"
 
 

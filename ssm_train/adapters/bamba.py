@@ -15,6 +15,7 @@ from transformers.models.bamba import modeling_bamba as stock
 from ssm_train.adapters import common, loading, ssd_triton
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
 from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer
+from ssm_train.kernels import causal_conv1d
 
 TRAITS = Traits(
     lora_targets=(
@@ -111,7 +112,10 @@ class BambaAdapter:
 
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`."""
-        return {"causal_conv1d": "reference", "ssd": ssd_triton.implementation(kernels, device)}
+        return {
+            "causal_conv1d": causal_conv1d.implementation(kernels, device),
+            "ssd": ssd_triton.implementation(kernels, device),
+        }
 
     def prepare(self, spec: ModelSpec) -> Prepared:
         kernels = self.choose_kernels(spec.kernels, spec.device)
@@ -119,7 +123,7 @@ class BambaAdapter:
         model = loading.load_or_make(stock.BambaForCausalLM, BambaConfig, spec, tokenizer)
         adopt(model)
         for module in model.modules():
-            if isinstance(module, BambaMixer):
+            if isinstance(module, (BambaMixer, common.CausalConv1d)):
                 module.kernels = spec.kernels
         model = common.finish(model, spec, tokenizer, self.traits)
         return Prepared(model, tokenizer, self.traits, kernels)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_train.adapters import loading
-from ssm_train.adapters.base import Batch, LossSum, ModelSpec, Traits
+from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Traits
 from ssm_train.kernels.causal_conv1d import causal_conv1d
 from ssm_train.loss import sum_cross_entropy
 
@@ -64,6 +64,8 @@ class Fp32BiasLinear(nn.Linear):
 class CausalConv1d(nn.Conv1d):
     """A depthwise causal convolution over time-major input; its weight is read only in here."""
 
+    kernels: KernelChoice = "auto"
+
     def forward(  # type: ignore[override]
         self,
         x: Tensor,
@@ -84,6 +86,7 @@ class CausalConv1d(nn.Conv1d):
             initial_window=window,
             output_final_window=output_final_window,
             cu_seqlens=cu_seqlens,
+            kernels=self.kernels,
         )
 
 

@@ -17,7 +17,7 @@ from ssm_train.adapters import common, loading, mamba_checkpoint, ssd_triton
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
 from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer, MambaMixer
 from ssm_train.errors import InputError
-from ssm_train.kernels import selective_scan
+from ssm_train.kernels import causal_conv1d, selective_scan
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 SUPPORTS = frozenset({"packing", "cached_decode", "grad_ckpt"})
@@ -210,14 +210,16 @@ class MambaAdapter:
 
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`."""
-        if self.name == "mamba2":
-            return {"causal_conv1d": "reference", "ssd": ssd_triton.implementation(kernels, device)}
-        scan = selective_scan.implementation(kernels, device)
-        if kernels == "triton" and scan == "reference":
+        convolution = causal_conv1d.implementation(kernels, device)
+        if kernels == "triton" and convolution == "reference":
             raise InputError(
                 f"kernels: triton needs a GPU, but the device is {device!r}; use kernels: auto"
             )
-        return {"causal_conv1d": "reference", "selective_scan": scan}
+        if self.name == "mamba2":
+            scan = {"ssd": ssd_triton.implementation(kernels, device)}
+        else:
+            scan = {"selective_scan": selective_scan.implementation(kernels, device)}
+        return {"causal_conv1d": convolution} | scan
 
     def prepare(self, spec: ModelSpec) -> Prepared:
         kernels = self.choose_kernels(spec.kernels, spec.device)
@@ -225,7 +227,7 @@ class MambaAdapter:
         model = self._load(spec, tokenizer)
         adopt(model)
         for module in model.modules():
-            if isinstance(module, CachedMixer):
+            if isinstance(module, (CachedMixer, common.CausalConv1d)):
                 module.kernels = spec.kernels
         model = common.finish(model, spec, tokenizer, self.traits)
         return Prepared(model, tokenizer, self.traits, kernels)

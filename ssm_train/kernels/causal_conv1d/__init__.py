@@ -1,5 +1,34 @@
-"""The short depthwise causal convolution: the public op, in plain PyTorch."""
+"""The short depthwise causal convolution: the public op, and which implementation runs it."""
 
-from ssm_train.kernels.causal_conv1d.reference import causal_conv1d
+from __future__ import annotations
 
-__all__ = ["causal_conv1d"]
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_train.kernels.causal_conv1d import reference
+
+__all__ = ["causal_conv1d", "implementation"]
+
+
+def implementation(kernels: str, device: str | torch.device) -> str:
+    """ "triton" for tensors on a GPU unless `kernels` is "reference", which is plain PyTorch."""
+    on_gpu = torch.device(device).type == "cuda"
+    return "triton" if on_gpu and kernels != "reference" else "reference"
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kernels: str = "auto",
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.causal_conv1d`, by the implementation for x's device; fp64 by the reference."""
+    if x.dtype != torch.float64 and implementation(kernels, x.device) == "triton":
+        from ssm_train.kernels.causal_conv1d import triton
+
+        return triton.causal_conv1d(x, weight, bias, **options)
+    return reference.causal_conv1d(x, weight, bias, **options)

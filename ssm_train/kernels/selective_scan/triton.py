@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssm_train.kernels.rows import by_rows
+
 CHANNELS = 32  # of a program. It is one warp, so that no sum over states waits for another
 CHUNKS = (16, 128)  # steps of a program, least and most; a state is kept for each chunk
 PROGRAMS = 2048  # that fill a GPU; fewer, and chunks get shorter
@@ -72,12 +74,6 @@ def mark_documents(cu_seqlens: Tensor, shape: torch.Size) -> tuple[Tensor, Tenso
     changes = documents[1:] != documents[:-1]
     inner = documents[1:-1]
     return torch.where(changes[:-1], inner, -1), torch.where(changes[1:], inner, -1)
-
-
-def by_rows(x: Tensor) -> Tensor:
-    """x [B, T, ...] with a dense end, and one stride from row to row, also between batches."""
-    dense = x[0, 0].is_contiguous() and x.stride(0) == x.shape[1] * x.stride(1)
-    return x if dense else x.contiguous()
 
 
 class Inputs(NamedTuple):
