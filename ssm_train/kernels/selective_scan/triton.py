@@ -309,17 +309,17 @@ def _load_matrix(x, stride, own, t, n, d, i):
 def _find_start(i, t):
     """The document that starts at step t, or -1."""
     if i.starting is None:
-        return tl.where(t == 0, tl.program_id(2), -1)
+        return tl.where(t == 0, tl.program_id(2), -1).to(tl.int64)
     else:
-        return tl.load(i.starting + t, mask=t < i.length, other=-1)
+        return tl.load(i.starting + t, mask=t < i.length, other=-1).to(tl.int64)
 
 
 @triton.jit
 def _find_end(i, t):
     if i.ending is None:
-        return tl.where(t == i.length - 1, tl.program_id(2), -1)
+        return tl.where(t == i.length - 1, tl.program_id(2), -1).to(tl.int64)
     else:
-        return tl.load(i.ending + t, mask=t < i.length, other=-1)
+        return tl.load(i.ending + t, mask=t < i.length, other=-1).to(tl.int64)
 
 
 @triton.jit
