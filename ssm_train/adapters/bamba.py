@@ -15,7 +15,7 @@ from transformers.models.bamba import modeling_bamba as stock
 from ssm_train.adapters import common, loading, ssd_triton
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
 from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer
-from ssm_train.kernels import causal_conv1d
+from ssm_train.kernels import implementation
 
 TRAITS = Traits(
     lora_targets=(
@@ -113,7 +113,7 @@ class BambaAdapter:
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`."""
         return {
-            "causal_conv1d": causal_conv1d.implementation(kernels, device),
+            "causal_conv1d": implementation(kernels, device),
             "ssd": ssd_triton.implementation(kernels, device),
         }
 

@@ -17,7 +17,7 @@ from ssm_train.adapters import common, loading, mamba_checkpoint, ssd_triton
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
 from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer, MambaMixer
 from ssm_train.errors import InputError
-from ssm_train.kernels import causal_conv1d, selective_scan
+from ssm_train.kernels import implementation
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 SUPPORTS = frozenset({"packing", "cached_decode", "grad_ckpt"})
@@ -210,16 +210,14 @@ class MambaAdapter:
 
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`."""
-        convolution = causal_conv1d.implementation(kernels, device)
-        if kernels == "triton" and convolution == "reference":
+        ours = implementation(kernels, device)
+        if kernels == "triton" and ours == "reference":
             raise InputError(
                 f"kernels: triton needs a GPU, but the device is {device!r}; use kernels: auto"
             )
         if self.name == "mamba2":
-            scan = {"ssd": ssd_triton.implementation(kernels, device)}
-        else:
-            scan = {"selective_scan": selective_scan.implementation(kernels, device)}
-        return {"causal_conv1d": convolution} | scan
+            return {"causal_conv1d": ours, "ssd": ssd_triton.implementation(kernels, device)}
+        return {"causal_conv1d": ours, "selective_scan": ours}
 
     def prepare(self, spec: ModelSpec) -> Prepared:
         kernels = self.choose_kernels(spec.kernels, spec.device)

@@ -17,24 +17,16 @@ from test_kernel_causal_conv1d import (
 
 from ssm_train.kernels.causal_conv1d import reference, triton
 
-GPU = torch.cuda.is_available()
 
-
-@pytest.fixture(
-    params=[
-        pytest.param("interpreter", marks=pytest.mark.skipif(GPU, reason="needs a CPU alone")),
-        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]),
-    ]
-)
-def convolve(request, monkeypatch):
+@pytest.fixture
+def convolve(kernel_device, monkeypatch):
     """The kernel where it runs. Interpreted, a program has 4 steps and 4 channels."""
-    device = "cuda" if request.param == "cuda" else "cpu"
-    if device == "cpu":
+    if kernel_device == "cpu":
         monkeypatch.setattr(triton, "STEPS", 4)
         monkeypatch.setattr(triton, "CHANNELS", 4)
 
     def run(**inputs):
-        inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+        inputs = {k: v.to(kernel_device) if torch.is_tensor(v) else v for k, v in inputs.items()}
         options = {"activation": "silu", "output_final_window": True}
         y, window = triton.causal_conv1d(**options | inputs)
         return y.cpu(), None if window is None else window.cpu()

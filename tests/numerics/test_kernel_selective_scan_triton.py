@@ -19,29 +19,21 @@ from test_kernel_selective_scan import (
 
 from ssm_train.kernels.selective_scan import reference, triton
 
-GPU = torch.cuda.is_available()
 
-
-@pytest.fixture(
-    params=[
-        pytest.param("interpreter", marks=pytest.mark.skipif(GPU, reason="needs a CPU alone")),
-        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]),
-    ]
-)
-def scan(request, monkeypatch):
+@pytest.fixture
+def scan(kernel_device, monkeypatch):
     """The kernel where it runs, with `lengths`: of a step, a chunk, and several and a part."""
-    device = "cuda" if request.param == "cuda" else "cpu"
-    if device == "cpu":
+    if kernel_device == "cpu":
         monkeypatch.setattr(triton, "CHUNKS", (4, 4))
         monkeypatch.setattr(triton, "PROGRAMS", 8)
         monkeypatch.setattr(triton, "CHANNELS", 4)
 
     def run(**inputs):
-        inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+        inputs = {k: v.to(kernel_device) if torch.is_tensor(v) else v for k, v in inputs.items()}
         y, state = triton.selective_scan(**{"output_final_state": True, **inputs})
         return y.cpu(), None if state is None else state.cpu()
 
-    run.lengths = (1, 128, 300) if device == "cuda" else (1, 4, 11)
+    run.lengths = (1, 128, 300) if kernel_device == "cuda" else (1, 4, 11)
     return run
 
 

@@ -1,4 +1,4 @@
-"""Mamba's selective scan: the public op, and which implementation runs it."""
+"""Mamba's selective scan: the public op."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_train.kernels import implementation
 from ssm_train.kernels.selective_scan import reference
 
-__all__ = ["implementation", "selective_scan"]
-
-
-def implementation(kernels: str, device: str | torch.device) -> str:
-    """ "triton" for tensors on a GPU unless `kernels` is "reference", which is plain PyTorch."""
-    on_gpu = torch.device(device).type == "cuda"
-    return "triton" if on_gpu and kernels != "reference" else "reference"
+__all__ = ["selective_scan"]
 
 
 def selective_scan(
