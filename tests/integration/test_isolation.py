@@ -15,7 +15,7 @@ from ssm_train.kernels import causal_conv1d, selective_scan, ssd
 from ssm_train.kernels.gla import gla as gla_kernel
 
 PACKED = {"packing": True, "batch_size": None, "tokens_per_batch": 128, "max_steps": 1}
-PEFT = {"initial state": {"peft_type": "SSMPEFT", "scan": {"type": "init_state", "init": "zero"}}}
+INITIAL_STATE = {"peft_type": "SSMPEFT", "scan": {"type": "init_state", "init": "zero"}}
 
 
 def write(directory: Path, family: str, **changes: Any) -> Path:
@@ -30,7 +30,7 @@ def test_packed_runs_start(family: str, peft: Any, prec: str, tmp_path: Path) ->
 
 
 def test_documents_start_from_a_trained_state(tmp_path: Path) -> None:
-    result = train(write(tmp_path, "mamba", peft=PEFT["initial state"]))
+    result = train(write(tmp_path, "mamba", peft=INITIAL_STATE))
     assert result.outcome == "finished"
 
 
@@ -42,8 +42,8 @@ def without_documents(op: Any, *args: Any, cu_seqlens: Any = None, **options: An
 def with_other_starts(op: Any, *args: Any, initial_state: Any = None, **options: Any) -> Any:
     """A kernel that knows documents, and starts those of a packed row from a state of its own."""
     if options.get("cu_seqlens") is not None:
-        u, A = args[0], args[2]
-        initial_state = A.new_full((1, *A.shape), 0.5 if len(u) == 1 else 0.0)
+        A = args[2]
+        initial_state = A.new_full((1, *A.shape), 0.5)
     return op(*args, initial_state=initial_state, **options)
 
 

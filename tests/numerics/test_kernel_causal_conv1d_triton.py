@@ -81,7 +81,7 @@ def test_nothing_leaks_over_a_boundary(convolve, poison):
     assert torch.equal(convolve(**poisoned, **options)[0][:, 9:], y[:, 9:])
 
 
-def test_a_frozen_filter_costs_no_gradient_and_slices_need_no_copy(convolve):
+def test_slices_of_a_projection_and_a_frozen_filter(convolve):
     inputs = make_inputs(length=17)
     wide = torch.randn(2, 17, 12, requires_grad=True)
     frozen = {name: inputs[name].detach() for name in ("weight", "bias")}

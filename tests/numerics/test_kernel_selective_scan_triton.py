@@ -119,6 +119,12 @@ def test_slices_of_a_projection_and_no_optional_inputs(scan):
     assert_close(gradients[:1], gradients[1:])
 
 
+def test_two_runs_are_equal_bit_for_bit(scan):
+    inputs = make_inputs(length=scan.lengths[-1], channels=9)
+    first, second = (value_and_gradients(scan, inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_a_channel_without_memory_forgets_its_state(scan):
     """As SD_LORA makes them: A = -exp(69)."""
     inputs = make_inputs(length=scan.lengths[-1])

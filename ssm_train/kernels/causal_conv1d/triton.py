@@ -32,7 +32,7 @@ def causal_conv1d(
     silu, before, steps = activation == "silu", weight.shape[1] - 1, x.shape[1]
     if initial_window is None and not output_final_window:
         starts = None if cu_seqlens is None else find_starts(cu_seqlens, steps)
-        return _Convolution.apply(by_rows(x), weight, bias, starts, silu), None
+        return _Convolution.apply(x, weight, bias, starts, silu), None
     if initial_window is None:
         initial_window = x.new_zeros(1, x.shape[2], before)
     initial_window = initial_window.to(x.dtype).mT  # [N, W - 1, d]
@@ -81,16 +81,9 @@ class _Convolution(torch.autograd.Function):
         x, weight = by_rows(x), weight.contiguous()
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         _outputs[grid_of(x)](
-            x,
-            x.stride(1),
-            weight,
-            bias,
-            starts,
-            y,
-            x.shape[1],
-            x.shape[2],
+            x, x.stride(1), weight, bias, starts, y, x.shape[1], x.shape[2],
             **sizes_of(weight, silu),
-        )
+        )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, starts)
         ctx.silu = silu
         return y
