@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,6 +88,32 @@ def make_steps(arguments: argparse.Namespace, vocab_size: int) -> list[Batch]:
     return batches
 
 
+def profile_step(step: Callable[[], Any]) -> dict[str, Any]:
+    """One step under the profiler: its kernels by time, their number, the time the GPU is busy."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    seconds: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for event in kernels:
+        seconds[event.name] += event.device_time_total / 1e6
+        counts[event.name] += 1
+    return {
+        "launches": counts.total(),
+        "busy_seconds": seconds.total(),
+        "kernels": [[name, counts[name], s] for name, s in seconds.most_common()],
+    }
+
+
+def print_profile(profile: Mapping[str, Any], lines: int) -> None:
+    print(f"{profile['launches']:,} launches, {profile['busy_seconds'] * 1e3:.1f} ms busy")
+    for name, count, seconds in profile["kernels"][:lines]:
+        print(f"  {seconds * 1e3:8.2f} ms {count:6,} x {name[:100]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, required=True)
@@ -96,6 +124,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=int, default=0, help="list this many kernels of a step")
     arguments = parser.parse_args()
 
     began = time.perf_counter()
@@ -145,6 +174,9 @@ def main() -> None:
         f"padding, {result['tokens_a_step']:,.0f} tokens a step, first step done after "
         f"{first:.0f} s, {result['peak_memory_gib']:.1f} GiB"
     )
+    if arguments.profile:
+        result["profile"] = profile_step(lambda: train_step(run, len(batches) - 1).read())
+        print_profile(result["profile"], arguments.profile)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

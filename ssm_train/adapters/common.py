@@ -56,9 +56,19 @@ class Fp32BiasLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        return self.add_bias(F.linear(x, self.weight))
+
+    def add_bias(self, y: Tensor) -> Tensor:
         y = y.to(torch.promote_types(y.dtype, torch.float32))
         return y if self.bias is None else y + self.bias
+
+
+def project(x: Tensor, *modules: nn.Module) -> list[Tensor]:
+    """Outputs of modules that read the same x; those that say so (`joins`) are one operation."""
+    lead: Any = next((module for module in modules if hasattr(module, "joins")), None)
+    joint = [module for module in modules if lead is not None and lead.joins(module, x)]
+    together = dict(zip(joint, lead.forward_together(joint, x), strict=True)) if joint else {}
+    return [together[module] if module in together else module(x) for module in modules]
 
 
 class CausalConv1d(nn.Conv1d):

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssm_train.adapters import common, loading
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
+from ssm_train.adapters.gla_triton import Chunks, find_chunks, packed_gla
 from ssm_train.errors import InputError
 from ssm_train.kernels.causal_conv1d import causal_conv1d
 from ssm_train.kernels.gla import gla
@@ -121,7 +122,7 @@ class GatedMLP(FlaGatedMLP):
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         """SwiGLU through the down_proj module, whose LoRA stock fla's fused form would miss."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = common.project(x, self.gate_proj, self.up_proj)
         return self.down_proj(swiglu(gate, up) if uses_triton(self, x) else F.silu(gate) * up)
 
 
@@ -137,6 +138,7 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
         attention_mask: Tensor | None = None,  # [B, >= T], 0 on padding; its last T columns count
         past_key_values: Any = None,
         cu_seqlens: Tensor | None = None,  # [N + 1], packed documents, B == 1
+        chunks: Chunks | None = None,  # of the same documents, for the kernels on a GPU
         **_: Any,
     ) -> tuple[Tensor, None, Any]:
         if not self.dtype_checked:
@@ -148,26 +150,30 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
         if attention_mask is not None and cu_seqlens is None:
             real = attention_mask[:, -length:, None].bool()
 
-        inputs = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        projections = [self.q_proj, self.k_proj, self.v_proj, self.gk_proj[0]]
+        if self.use_output_gate:
+            projections.append(self.g_proj)
+        q, k, v, decay, *gate = common.project(hidden_states, *projections)
+        inputs = q, k, v
         windows = None
         if self.use_short_conv:
             if real is not None:
                 inputs = tuple(x.masked_fill(~real, 0) for x in inputs)
             convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-            past = cached.get("conv_state") or (None, None, None)
+            before = cached.get("conv_state") or (None, None, None)
             convolved = [
                 convolution(x, window, caching, cu_seqlens)
-                for convolution, x, window in zip(convolutions, inputs, past, strict=True)
+                for convolution, x, window in zip(convolutions, inputs, before, strict=True)
             ]
             inputs, windows = zip(*convolved, strict=True)
         q, k, v = inputs
         q = self._heads(q, self.head_k_dim)  # [B, T, H, K]
-        k = self._heads(k, self.head_k_dim).repeat_interleave(self.num_kv_groups, dim=2)
-        v = self._heads(v, self.head_v_dim).repeat_interleave(self.num_kv_groups, dim=2)
+        k = self._share(self._heads(k, self.head_k_dim))
+        v = self._share(self._heads(v, self.head_v_dim))
         if self.feature_map_fn is not None:
             feature_map = ACTIVATIONS[self.feature_map_fn]
             q, k = feature_map(q), feature_map(k)
-        g = self._log_decay(hidden_states)  # [B, T, H, K] fp32
+        g = self._log_decay(decay)  # [B, T, H, K] fp32
         if real is not None:  # the state passes through padding unchanged
             k = k.masked_fill(~real[..., None], 0)
             g = g.masked_fill(~real[..., None], 0)
@@ -175,7 +181,11 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
         own = None  # [B, T, H, V]
         if (forgotten := self.forgotten(None)) is not None:  # [H * K] key channels
             k, own = self._forget(q, k, v, forgotten)
-        o, state = self._recur(q, k, v, g, cached.get("recurrent_state"), caching, cu_seqlens)
+        past = cached.get("recurrent_state")
+        if chunks is not None and not caching and past is None and uses_triton(self, q):
+            o, state = packed_gla(q, k, v, g, chunks), None
+        else:
+            o, state = self._recur(q, k, v, g, past, caching, cu_seqlens)
         o = o if own is None else o + own
         update_layer_cache(
             self,
@@ -184,7 +194,7 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
             conv_state=windows,
             offset=length,
         )
-        return self.o_proj(self._gate_output(o, hidden_states)), None, past_key_values
+        return self.o_proj(self._gate_output(o, *gate)), None, past_key_values
 
     def _forget(self, q: Tensor, k: Tensor, v: Tensor, forgotten: Tensor) -> tuple[Tensor, Tensor]:
         """Keys without the channels that have no memory, and what those contribute at their own
@@ -215,20 +225,24 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
             return fused_recurrent_gla(q, k, v, g, **options)
         return chunk_gla(q, k, v, g, **options)
 
-    def _log_decay(self, hidden_states: Tensor) -> Tensor:
+    def _log_decay(self, low_rank: Tensor) -> Tensor:
         """Per key channel, <= 0, in fp32: near 0 a bf16 gate would forget the long memory."""
-        g = F.logsigmoid(self.gk_proj(hidden_states).float()) / self.gate_logit_normalizer
+        g = F.logsigmoid(self.gk_proj[1](low_rank).float()) / self.gate_logit_normalizer
         if self.clamp_min is not None:
             g = g.clamp_min(self.clamp_min)
-        return self._heads(g, self.head_k_dim).repeat_interleave(self.num_kv_groups, dim=2)
+        return self._share(self._heads(g, self.head_k_dim))
 
-    def _gate_output(self, o: Tensor, hidden_states: Tensor) -> Tensor:  # o [B, T, H, V]
-        if not self.use_output_gate:
+    def _gate_output(self, o: Tensor, gate: Tensor | None = None) -> Tensor:  # o [B, T, H, V]
+        if gate is None:
             return self.g_norm(o).flatten(-2)
-        gate = self.g_proj(hidden_states)
         if self.fuse_norm_and_gate:
             return self.g_norm_swish_gate(o, self._heads(gate, self.head_v_dim)).flatten(-2)
         return self.g_norm(o).flatten(-2) * ACTIVATIONS[self.gate_fn](gate)
+
+    def _share(self, x: Tensor) -> Tensor:
+        """[B, T, H, size], where a key-value head serves several query heads."""
+        groups: int = self.num_kv_groups
+        return x if groups == 1 else x.repeat_interleave(groups, dim=2)
 
     @staticmethod
     def _heads(x: Tensor, size: int) -> Tensor:
@@ -252,6 +266,10 @@ class GLAForCausalLM(fla_model.GLAForCausalLM):
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """See `common.head_outputs` for what comes back."""
+        chunks = None
+        if cu_seqlens is not None and cu_seqlens.is_cuda:  # once a batch, for all layers
+            rows = input_ids if inputs_embeds is None else inputs_embeds
+            chunks = find_chunks(cu_seqlens, rows.shape[1])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -259,6 +277,7 @@ class GLAForCausalLM(fla_model.GLAForCausalLM):
             past_key_values=past_key_values,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
+            chunks=chunks,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )

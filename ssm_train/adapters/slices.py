@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssm_train.adapters.common import project
 from ssm_train.errors import InputError
 
 
@@ -31,7 +32,7 @@ class SlicedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return torch.cat([part(x) for part in self.children()], dim=-1)
+        return torch.cat(project(x, *self.children()), dim=-1)
 
     def join(self) -> nn.Linear:
         """The whole layer again, once no slice is wrapped by an adapter."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, LoraModel, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import Linear
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 
@@ -18,6 +19,7 @@ from ssm_train.errors import InputError
 from ssm_train.peft.additional_scan import AdditionalScanModel
 from ssm_train.peft.affix_tuning import AffixTuningModel
 from ssm_train.peft.bitfit import BitFitModel
+from ssm_train.peft.fused_lora import FusedLoraLinear
 from ssm_train.peft.gla_sd_lora import GlaSdLoraModel
 from ssm_train.peft.initial_state import InitialStateModel
 from ssm_train.peft.layer_freeze import LayerFreezeModel
@@ -68,6 +70,13 @@ class SsmLoraModel(LoraModel):
             weight.data = weight.data.float()
         super()._create_and_replace(lora_config, adapter_name, target, *where, **options)
         weight.data = weight.data.to(stored)
+
+    @staticmethod
+    def _create_new_module(*where: Any, **options: Any) -> nn.Module:
+        module: nn.Module = LoraModel._create_new_module(*where, **options)
+        if type(module) is Linear:
+            module.__class__ = FusedLoraLinear
+        return module
 
     def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **options)

@@ -362,9 +362,9 @@ def test_bf16_storage_keeps_the_gate_bias(saved):
 
     x = torch.randn(1, 3, TINY["hidden_size"], dtype=torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        before = attn._log_decay(x)
+        before = attn._log_decay(attn.gk_proj[0](x))
         attn.gk_proj[1].bias += 1e-4
-        after = attn._log_decay(x)
+        after = attn._log_decay(attn.gk_proj[0](x))
     assert before.dtype == torch.float32
     change = (after - before).abs()
     slope = torch.sigmoid(-attn.gk_proj(x)).detach().unflatten(-1, (4, -1)) / 16

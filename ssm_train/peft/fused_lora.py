@@ -1,0 +1,102 @@
+"""PEFT's LoRA layer by our fused op: in one with the layers that read the same input, and without
+the copies of the input that PEFT makes for fp32 factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+from ssm_train.adapters.common import Fp32BiasLinear
+from ssm_train.kernels.lora_linear import LoraLinear, lora_linears
+from ssm_train.peft.layers import autocasts
+
+
+class FusedLoraLinear(Linear):
+    """Same parameters, same function, same names. What the op does not know (several adapters at
+    once, hooks inside, sharded weights, ...) goes PEFT's way."""
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        if args or options or not self._fuses(x):
+            return super().forward(x, *args, **options)
+        return self.forward_together([self], x)[0]
+
+    @staticmethod
+    def forward_together(layers: Sequence[FusedLoraLinear], x: Tensor) -> list[Tensor]:
+        """Outputs of layers with the same input; x [..., in] -> [..., out] each."""
+        own = [layer._lora_linear() for layer in layers]
+        dropout = layers[0]._dropout()
+        outputs = lora_linears(x, own, dropout=dropout, dtype=compute_dtype(x))
+        return [layer._finish(y) for layer, y in zip(layers, outputs, strict=True)]
+
+    def joins(self, other: nn.Module, x: Tensor) -> bool:
+        """Whether both layers, of the same input, can be one operation."""
+        return (
+            isinstance(other, FusedLoraLinear)
+            and not (has_hooks(self) or has_hooks(other))
+            and self._fuses(x)
+            and other._fuses(x)
+            and self._dropout() == other._dropout()
+        )
+
+    def _fuses(self, x: Tensor) -> bool:
+        adapter, base = self._adapter(), self.base_layer
+        if adapter is None or type(base) not in (nn.Linear, Fp32BiasLinear):
+            return False
+        weight: Any = base.weight
+        factor: Any = self.lora_A[adapter].weight
+        inside = (base, self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter])
+        return (
+            type(weight.data) is Tensor
+            and weight.ndim == 2
+            and not hasattr(weight, "ds_id")  # ZeRO-3: only the module's own forward gathers it
+            and x.dtype != torch.float64
+            and (autocasts(x) or x.dtype == weight.dtype == factor.dtype)
+            and not any(has_hooks(module) for module in inside)
+        )
+
+    def _adapter(self) -> str | None:
+        """The one plain LoRA adapter that counts now; None where it is another case."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        name: str = self.active_adapters[0]
+        plain = name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name]
+        return name if plain else None
+
+    def _dropout(self) -> float:
+        dropout = self.lora_dropout[self.active_adapters[0]]
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+
+    def _lora_linear(self) -> LoraLinear:
+        name = self.active_adapters[0]
+        base: Any = self.base_layer
+        A: Any = self.lora_A[name]
+        B: Any = self.lora_B[name]
+        return LoraLinear(
+            base.weight,
+            None if type(base) is Fp32BiasLinear else base.bias,
+            A.weight,
+            B.weight,
+            self.scaling[name],
+        )
+
+    def _finish(self, y: Tensor) -> Tensor:
+        base = self.base_layer
+        return base.add_bias(y) if isinstance(base, Fp32BiasLinear) else y
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of products of x."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

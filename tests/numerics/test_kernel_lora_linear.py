@@ -1,0 +1,199 @@
+"""Fused LoRA layers against their definition, and PEFT's layer through them against PEFT's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssm_train.adapters.common import Fp32BiasLinear, project
+from ssm_train.kernels.lora_linear import LoraLinear, lora_linears, reference
+
+RANKS = (2, 3, 1)
+
+
+def make_layers(dtype: torch.dtype, seed: int = 0) -> list[LoraLinear]:
+    """Three layers of one input, each with another width, rank and scaling, one with a bias."""
+    torch.manual_seed(seed)
+    return [
+        LoraLinear(
+            torch.randn(out, 10, dtype=dtype, requires_grad=True),
+            torch.randn(out, dtype=dtype, requires_grad=True) if out == 7 else None,
+            torch.randn(r, 10, dtype=dtype, requires_grad=True),
+            torch.randn(out, r, dtype=dtype, requires_grad=True),
+            0.5 * r,
+        )
+        for out, r in zip((6, 7, 5), RANKS, strict=True)
+    ]
+
+
+def leaves(layers: list[LoraLinear]) -> list[Tensor]:
+    return [tensor for layer in layers for tensor in layer[:4] if tensor is not None]
+
+
+def test_values_and_all_gradients_are_those_of_the_definition() -> None:
+    layers = make_layers(torch.float64)
+    x = torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
+    ours, theirs = lora_linears(x, layers), reference.lora_linears(x, layers)
+    weights = [torch.randn_like(y) for y in theirs]
+    inputs = [x, *leaves(layers)]
+    for y, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    found, wanted = (
+        torch.autograd.grad([(y * w).sum() for y, w in zip(ys, weights, strict=True)], inputs)
+        for ys in (ours, theirs)
+    )
+    for gradient, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_output_that_nobody_uses_has_no_part_in_the_gradient() -> None:
+    layers = make_layers(torch.float64)
+    x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(lora_linears(x, layers)[1].sum(), [x])
+    (wanted,) = torch.autograd.grad(reference.lora_linears(x, layers)[1].sum(), [x])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    layers = make_layers(torch.float32)
+    for layer in layers:
+        layer.weight.requires_grad_(False)
+    x = torch.randn(3, 10)
+    sum(y.sum() for y in lora_linears(x, layers)).backward()
+    assert all(layer.weight.grad is None for layer in layers)
+    assert all(layer.A.grad is not None and layer.B.grad is not None for layer in layers)
+
+
+def test_dropout_is_one_mask_on_what_A_reads() -> None:
+    layers = make_layers(torch.float64)
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    ours = lora_linears(x, layers, dropout=0.25)
+    torch.manual_seed(1)
+    keep = torch.native_dropout(torch.ones_like(x), 0.25, True)[0].detach()
+    assert 0 < int((keep == 0).sum()) < keep.numel()
+    theirs = reference.lora_linears(x, layers, keep)
+    inputs = [x, *leaves(layers)]
+    found, wanted = (
+        torch.autograd.grad(sum(y.square().sum() for y in ys), inputs) for ys in (ours, theirs)
+    )
+    for a, b in zip((*ours, *found), (*theirs, *wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+class Block(nn.Module):
+    """Two projections of one input, and one after them whose bias is fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.dt = nn.Linear(12, 8), nn.Linear(12, 8, False), Fp32BiasLinear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = project(x, self.q, self.k)
+        return self.dt(q * k)
+
+
+def adapted(**settings: Any) -> nn.Module:
+    import peft
+
+    from ssm_train.peft.registration import SsmLoraConfig
+
+    torch.manual_seed(0)
+    block = Block()
+    config = SsmLoraConfig(r=3, lora_alpha=6, target_modules=["q", "k", "dt"], **settings)
+    model = peft.get_peft_model(block, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model
+
+
+def as_peft_has_it(model: nn.Module) -> None:
+    from peft.tuners.lora import Linear
+
+    from ssm_train.peft.fused_lora import FusedLoraLinear
+
+    layers = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
+    assert {type(layer.base_layer) for layer in layers} == {nn.Linear, Fp32BiasLinear}
+    for layer in layers:
+        layer.__class__ = Linear
+
+
+def run(model: nn.Module, x: Tensor, precision: str) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        y = model(x)
+    y.float().square().mean().backward()
+    return [y, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_layer_equals_that_of_peft(settings: dict[str, Any]) -> None:
+    x = torch.randn(2, 5, 12)
+    ours, theirs = adapted(**settings), adapted(**settings)
+    as_peft_has_it(theirs)
+    for a, b in zip(run(ours, x, "fp32"), run(theirs, x, "fp32"), strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=str)
+def test_in_bf16_no_worse_than_peft(settings: dict[str, Any]) -> None:
+    x = torch.randn(4, 50, 12)
+    ours, theirs = adapted(**settings), adapted(**settings)
+    as_peft_has_it(theirs)
+    exact = run(theirs, x, "fp32")
+    theirs.zero_grad()
+    for a, b, wanted in zip(
+        run(ours, x, "autocast"), run(theirs, x, "autocast"), exact, strict=True
+    ):
+        assert a.dtype == b.dtype
+        error, allowed = (a - wanted).norm(), (b - wanted).norm()
+        assert error <= 2 * allowed, (float(error), float(allowed))
+
+
+def switch_off(model: Any) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def merge(model: Any) -> None:
+    model.base_model.merge_adapter()
+
+
+def add_another(model: Any) -> None:
+    from ssm_train.peft.registration import SsmLoraConfig
+
+    torch.manual_seed(3)
+    config = SsmLoraConfig(r=2, init_lora_weights=False, target_modules=["q", "k"])
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+
+
+def hook(model: Any) -> None:
+    model.base_model.model.k.base_layer.register_forward_hook(lambda _m, _i, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [switch_off, merge, add_another, hook])
+def test_what_the_op_does_not_know_goes_the_way_of_peft(change: Callable[[Any], None]) -> None:
+    x = torch.randn(2, 5, 12)
+    ours, theirs = adapted(), adapted()
+    change(ours)
+    change(theirs)
+    as_peft_has_it(theirs)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_layers_of_one_input_are_one_operation() -> None:
+    y = adapted()(torch.randn(2, 5, 12))
+    names = set()
+    todo = [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in names:
+            names.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    assert sum("LoraLinears" in node.name() for node in names) == 2  # q with k, and dt
