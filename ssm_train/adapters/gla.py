@@ -154,7 +154,7 @@ class GatedLinearAttention(fla_layer.GatedLinearAttention):
         if self.use_output_gate:
             projections.append(self.g_proj)
         q, k, v, decay, *gate = common.project(hidden_states, *projections)
-        inputs = q, k, v
+        inputs: tuple[Tensor, ...] = q, k, v
         windows = None
         if self.use_short_conv:
             if real is not None:
@@ -268,7 +268,7 @@ class GLAForCausalLM(fla_model.GLAForCausalLM):
         """See `common.head_outputs` for what comes back."""
         chunks = None
         if cu_seqlens is not None and cu_seqlens.is_cuda:  # once a batch, for all layers
-            rows = input_ids if inputs_embeds is None else inputs_embeds
+            rows: Any = input_ids if inputs_embeds is None else inputs_embeds
             chunks = find_chunks(cu_seqlens, rows.shape[1])
         outputs = self.model(
             input_ids=input_ids,
