@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssm_train.adapters import loading
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Traits
 from ssm_train.kernels.causal_conv1d import causal_conv1d
-from ssm_train.loss import sum_cross_entropy
+from ssm_train.loss import sum_cross_entropy, sum_linear_cross_entropy
 
 
 def retype(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -> int:
@@ -31,6 +31,37 @@ def retype(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -
             module.__class__ = new_type
             count += 1
     return count
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether its weight may be used in place of its forward: no adapter, no hooks, not sharded."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module) in (nn.Linear, Fp32BiasLinear)
+        and isinstance(weight, Tensor)
+        and type(weight.data) is Tensor
+        and not hasattr(weight, "ds_id")  # ZeRO-3: only the module's own forward gathers it
+        and not has_hooks(module)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether operations choose their dtype by themselves where x is."""
+    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of products of x."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 class Site(nn.Module):
@@ -146,9 +177,10 @@ def head_outputs(
     * else the logits of the last `logits_to_keep` positions, or of all.
     """
     assert targets is None or target_positions is not None, "targets need target_positions"
+    if target_positions is not None and targets is not None:
+        return target_loss(hidden, lm.lm_head, target_positions, targets), None
     if target_positions is not None:
-        logits = target_logits(hidden, lm.lm_head, target_positions)
-        return (None, logits) if targets is None else (sum_cross_entropy(logits, targets), None)
+        return None, target_logits(hidden, lm.lm_head, target_positions)
     if labels is None and isinstance(logits_to_keep, int):
         hidden = hidden[:, -logits_to_keep:]  # 0 keeps all
     elif labels is None:
@@ -160,6 +192,18 @@ def head_outputs(
         logits=logits, labels=labels, vocab_size=lm.config.vocab_size, **loss_kwargs
     )
     return loss, logits
+
+
+def target_loss(hidden: Tensor, lm_head: nn.Module, positions: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy summed over flat `positions` [S] of hidden [B, T, H]: [] fp32.
+
+    A plain head never has all logits at once; fp16 has, because its gradients are scaled first.
+    """
+    weight: Any = lm_head.weight
+    dtype = compute_dtype(hidden) if autocasts(hidden) else weight.dtype
+    if is_plain_linear(lm_head) and lm_head.bias is None and dtype != torch.float16:
+        return sum_linear_cross_entropy(hidden.flatten(0, 1), weight, positions, targets, dtype)
+    return sum_cross_entropy(target_logits(hidden, lm_head, positions), targets)
 
 
 def target_logits(hidden: Tensor, lm_head: nn.Module, positions: Tensor) -> Tensor:

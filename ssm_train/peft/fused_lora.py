@@ -6,13 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from ssm_train.adapters.common import Fp32BiasLinear
+from ssm_train.adapters.common import (
+    Fp32BiasLinear,
+    autocasts,
+    compute_dtype,
+    has_hooks,
+    is_plain_linear,
+)
 from ssm_train.kernels.lora_linear import LoraLinear, lora_linears
-from ssm_train.peft.layers import autocasts
 
 
 class FusedLoraLinear(Linear):
@@ -43,20 +47,14 @@ class FusedLoraLinear(Linear):
         )
 
     def _fuses(self, x: Tensor) -> bool:
-        adapter, base = self._adapter(), self.base_layer
-        if adapter is None or type(base) not in (nn.Linear, Fp32BiasLinear):
+        adapter = self._adapter()
+        if adapter is None or not is_plain_linear(self.base_layer):
             return False
-        weight: Any = base.weight
+        inside = (self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter])
+        if any(has_hooks(module) for module in inside):
+            return False
         factor: Any = self.lora_A[adapter].weight
-        inside = (base, self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter])
-        return (
-            type(weight.data) is Tensor
-            and weight.ndim == 2
-            and not hasattr(weight, "ds_id")  # ZeRO-3: only the module's own forward gathers it
-            and x.dtype != torch.float64
-            and (autocasts(x) or x.dtype == weight.dtype == factor.dtype)
-            and not any(has_hooks(module) for module in inside)
-        )
+        return autocasts(x) or x.dtype == self.base_layer.weight.dtype == factor.dtype
 
     def _adapter(self) -> str | None:
         """The one plain LoRA adapter that counts now; None where it is another case."""
@@ -86,17 +84,3 @@ class FusedLoraLinear(Linear):
     def _finish(self, y: Tensor) -> Tensor:
         base = self.base_layer
         return base.add_bias(y) if isinstance(base, Fp32BiasLinear) else y
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products of x."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

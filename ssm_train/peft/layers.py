@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from ssm_train.adapters.common import Fp32BiasLinear
+from ssm_train.adapters.common import Fp32BiasLinear, autocasts
 from ssm_train.errors import InputError
 
 Values = Mapping[str, Tensor]
@@ -166,11 +166,6 @@ class DeltaLayer(OwnLayer):
             moved = move(parameter, sign * delta)
             stored = delta.dtype if parameter is None else parameter.dtype
             setattr(self.base_layer, name, nn.Parameter(moved.to(stored), requires_grad=False))
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether operations choose their dtype by themselves where x is."""
-    return torch.is_autocast_enabled(x.device.type)
 
 
 def move(parameter: Tensor | None, delta: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from ssm_train.adapters.common import autocasts
 from ssm_train.errors import InputError
 from ssm_train.peft.dimensions import undecided_indices
 from ssm_train.peft.layer_freeze import SiteDelta, is_named
-from ssm_train.peft.layers import DeltaLayer, OwnLayer, SiteLayer, Values, autocasts, zeros
+from ssm_train.peft.layers import DeltaLayer, OwnLayer, SiteLayer, Values, zeros
 
 FORGETS = 69.0
 """log of -A in a channel without memory: exp(-dt exp(69)) is 0 in fp32 for every dt above 1e-28,
