@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ssm_train import distributed
+from ssm_train import distributed, graphs
 from ssm_train.adapters.base import Batch, LossSum
 from ssm_train.assemble import Subject, make_batches
 from ssm_train.checkpoint import Checkpoint
@@ -23,6 +23,7 @@ from ssm_train.config import RunConfig
 from ssm_train.data.batches import collate, pack
 from ssm_train.data.order import Order
 from ssm_train.data.tokens import TokenizedDataset
+from ssm_train.errors import InputError
 from ssm_train.evaluate import Evaluation
 from ssm_train.isolation import check_isolation
 from ssm_train.loop import Outcome, Schedule, Training, TrainState, plan_schedule, train
@@ -58,6 +59,21 @@ class Ready:
     @property
     def schedule(self) -> Schedule:
         return plan_schedule(self.cfg, self.order.steps_per_epoch)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether to record them. Raises InputError where they are asked for and cannot be."""
+        cfg = self.cfg
+        reason = graphs.obstacle(
+            self.accelerator.device, cfg.packing, cfg.prec, cfg.gradient_checkpointing,
+            distributed.world_size(),
+        )  # fmt: skip
+        if cfg.cuda_graphs and reason:
+            raise InputError(f"cuda_graphs: true cannot be, because {reason}; remove it")
+        wanted = cfg.cuda_graphs
+        if wanted is None:
+            wanted = cfg.tokens_per_batch <= graphs.LAUNCH_BOUND
+        return wanted and reason is None
 
     @property
     def warms_up(self) -> bool:
@@ -154,6 +170,7 @@ class Stage:
                 higher_is_better=main_metric not in LOSSES,
                 least_metric=dict(least_metric),
                 stop=ready.stop,
+                cuda_graphs=ready.cuda_graphs,
             ),
             self.state,
         )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch, TokenLosses
+from ssm_train.graphs import GradientGraphs, Gradients
 from ssm_train.optim import OptimSettings, lr_at
 from ssm_train.settings import Settings
 
@@ -48,6 +50,9 @@ class LoopSettings(Settings):
     """Never evaluate."""
     no_save: bool = False
     """Never write checkpoints."""
+    cuda_graphs: bool | None = None
+    """Record forward and backward of packed rows as CUDA graphs, on one GPU; None: where rows are
+    so short that launching kernels takes longer than running them."""
     min_eval_metric_after_epoch: dict[int, float] = Field(default_factory=dict)
     """Epoch -> least value of the task's main metric; below it the run stops."""
 
@@ -110,9 +115,13 @@ class Training:
     higher_is_better: bool = False
     least_metric: dict[int, float] = field(default_factory=dict)  # epoch -> least main metric
     stop: distributed.StopFlag | None = None
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.gradients: Gradients = partial(add_gradients, self)
+        if self.cuda_graphs:
+            self.gradients = GradientGraphs(self.gradients, self.parameters)
 
 
 Outcome = Literal["finished", "stopped", "bad_loss", "low_metric"]
@@ -223,10 +232,7 @@ def train_step(run: Training, step: int) -> Report:
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         with synchronise_only(run, last):
-            with distributed.autocast(run.prec, device):
-                loss = run.token_losses(run.model, batch).loss
-            run.accelerator.backward(loss * scale)
-        loss_sum += loss.detach()
+            loss_sum += run.gradients(batch, scale)
 
     norm = run.accelerator.clip_grad_norm_(run.parameters, run.optim.max_grad_norm or math.inf)
     not_finite = (~torch.isfinite(norm)).float()
@@ -235,7 +241,7 @@ def train_step(run: Training, step: int) -> Report:
         # the skip happens on the device.
         run.optimizer.optimizer.found_inf = not_finite
     run.optimizer.step()
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad(set_to_none=not run.cuda_graphs)  # graphs add to the same memory
 
     stop = on_device(device, float(bool(run.stop)))[0]
     world = distributed.world_size()
@@ -244,6 +250,14 @@ def train_step(run: Training, step: int) -> Report:
             torch.stack([stop, not_finite.double(), loss_sum, *(counts / world), norm.double()])
         )
     )
+
+
+def add_gradients(run: Training, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
+    """The loss of a micro-batch, summed, after adding `scale` times its gradient."""
+    with distributed.autocast(run.prec, run.accelerator.device):
+        loss = run.token_losses(run.model, batch).loss
+    run.accelerator.backward(loss * scale)
+    return loss.detach()
 
 
 def on_device(device: torch.device, *values: float) -> torch.Tensor:

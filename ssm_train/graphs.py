@@ -1,0 +1,113 @@
+"""CUDA graphs of forward and backward: what launching thousands of small kernels costs is paid once
+a shape. For one process; packed rows have few shapes once their lists are padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_train.adapters.base import Batch
+from ssm_train.loss import IGNORED
+
+LAUNCH_BOUND = 8192  # tokens of a row, below which the host is slower than the GPU
+DOCUMENTS = 32  # the number of documents is padded to a multiple of it
+TARGETS = 8  # the number of targets to a multiple of this part of the row
+
+Gradients = Callable[[Batch, Tensor], Tensor]
+"""(batch, scale []) -> the batch's loss [], after adding scale times its gradient to `p.grad`."""
+
+
+def obstacle(
+    device: torch.device, packing: bool, prec: str, gradient_checkpointing: bool, processes: int
+) -> str | None:
+    """Why a run cannot record graphs; None where it can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if not packing:
+        return "without `packing: true` every batch has another shape"
+    if processes > 1:
+        return f"{processes} processes exchange gradients during the backward pass"
+    if prec == "fp16":
+        return "with prec fp16 the loss scale is read on the host"
+    if gradient_checkpointing:
+        return "gradient_checkpointing keeps the state of the random numbers on the host"
+    return None
+
+
+class GradientGraphs:
+    """`gradients` as a graph for each shape: the first batch of a shape runs as it is, the second
+    one is recorded, later ones are replayed. Gradients are added to buffers that stay."""
+
+    def __init__(self, gradients: Gradients, parameters: Sequence[nn.Parameter]) -> None:
+        self.gradients, self.parameters = gradients, parameters
+        self.recorded: dict[tuple[int, ...], Recording | None] = {}
+        self.pool: Any = None
+
+    def __call__(self, batch: Batch, scale: Tensor) -> Tensor:
+        """As `gradients`; the batch is packed and on the GPU."""
+        self._keep_buffers()
+        batch = pad(batch)
+        assert batch.cu_seqlens is not None
+        shape = batch.input_ids.numel(), batch.cu_seqlens.numel(), batch.targets.numel()
+        if shape not in self.recorded:
+            self.recorded[shape] = None
+            return self.gradients(batch, scale)
+        recording = self.recorded[shape]
+        if recording is None:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            recording = Recording(self.gradients, batch, scale, self.pool)
+            self.recorded[shape] = recording
+        return recording.replay(batch, scale)
+
+    def _keep_buffers(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
+class Recording:
+    """A graph and the tensors that it reads."""
+
+    def __init__(self, gradients: Gradients, batch: Batch, scale: Tensor, pool: Any) -> None:
+        own: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors(batch).items()}
+        self.batch = replace(batch, **own)
+        self.scale = scale.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.loss = gradients(self.batch, self.scale)
+
+    def replay(self, batch: Batch, scale: Tensor) -> Tensor:
+        own, given = tensors(self.batch), tensors(batch)
+        torch._foreach_copy_([*own.values(), self.scale], [*(given[name] for name in own), scale])
+        self.graph.replay()
+        return self.loss.clone()
+
+
+def tensors(batch: Batch) -> dict[str, Tensor]:
+    found = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def pad(batch: Batch) -> Batch:
+    """The same packed batch with lists of few lengths: empty documents at the end of the row, and
+    targets that do not count."""
+    assert batch.cu_seqlens is not None, "graphs are for packed batches"
+    ends = fill(batch.cu_seqlens, DOCUMENTS, int(batch.input_ids.numel()), extra=1)
+    step = -(-batch.input_ids.numel() // TARGETS)
+    return replace(
+        batch,
+        cu_seqlens=ends,
+        target_positions=fill(batch.target_positions, step, 0),
+        targets=fill(batch.targets, step, IGNORED),
+    )
+
+
+def fill(x: Tensor, multiple: int, value: int, extra: int = 0) -> Tensor:
+    """x [n] with `value` at the end, as many as make n - `extra` a multiple."""
+    return F.pad(x, (0, -(x.numel() - extra) % multiple), value=value)
