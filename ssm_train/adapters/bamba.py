@@ -14,7 +14,7 @@ from transformers.models.bamba import modeling_bamba as stock
 
 from ssm_train.adapters import common, loading, ssd_triton
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
-from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer
+from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer, RMSNorm
 from ssm_train.kernels import implementation
 
 TRAITS = Traits(
@@ -40,9 +40,12 @@ class BambaMixer(CachedMixer, stock.BambaMixer):
     forward = Mamba2Mixer.forward  # type: ignore[assignment]
 
 
-class BambaRMSNormGated(stock.BambaRMSNormGated):
-    group_size: int
-    forward = GatedRMSNorm.forward  # type: ignore[assignment]
+class BambaRMSNorm(RMSNorm, stock.BambaRMSNorm):  # type: ignore[misc]
+    pass
+
+
+class BambaRMSNormGated(GatedRMSNorm, stock.BambaRMSNormGated):  # type: ignore[misc]
+    pass
 
 
 class BambaForCausalLM(stock.BambaForCausalLM):
@@ -92,6 +95,7 @@ class BambaForCausalLM(stock.BambaForCausalLM):
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     stock.BambaForCausalLM: BambaForCausalLM,
     stock.BambaMixer: BambaMixer,
+    stock.BambaRMSNorm: BambaRMSNorm,
     stock.BambaRMSNormGated: BambaRMSNormGated,
     nn.Conv1d: common.CausalConv1d,  # Bamba's only convolutions are the mixers'
 }
@@ -115,6 +119,7 @@ class BambaAdapter:
         return {
             "causal_conv1d": implementation(kernels, device),
             "ssd": ssd_triton.implementation(kernels, device),
+            "rms_norm": implementation(kernels, device),
         }
 
     def prepare(self, spec: ModelSpec) -> Prepared:
@@ -123,7 +128,7 @@ class BambaAdapter:
         model = loading.load_or_make(stock.BambaForCausalLM, BambaConfig, spec, tokenizer)
         adopt(model)
         for module in model.modules():
-            if isinstance(module, (BambaMixer, common.CausalConv1d)):
+            if isinstance(module, (BambaMixer, common.CausalConv1d, RMSNorm, GatedRMSNorm)):
                 module.kernels = spec.kernels
         model = common.finish(model, spec, tokenizer, self.traits)
         return Prepared(model, tokenizer, self.traits, kernels)

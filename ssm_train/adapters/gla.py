@@ -27,8 +27,10 @@ from ssm_train.adapters import common, loading
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
 from ssm_train.adapters.gla_triton import Chunks, find_chunks, packed_gla
 from ssm_train.errors import InputError
+from ssm_train.kernels import implementation
 from ssm_train.kernels.causal_conv1d import causal_conv1d
 from ssm_train.kernels.gla import gla
+from ssm_train.kernels.rms_norm import gated_rms_norm, rms_norm
 
 TRAITS = Traits(
     lora_targets=(
@@ -62,21 +64,18 @@ def uses_triton(module: nn.Module, x: Tensor) -> bool:
     return x.is_cuda and module.kernels != "reference"
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm in fp32, fp32 out: x [..., D], weight [D]."""
-    return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps)
-
-
 class RMSNorm(FlaRMSNorm):
-    """In PyTorch everywhere: fla compiles its backward anew for every `ceil(B * T / SMs)`."""
+    kernels: KernelChoice = "auto"
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Norm of `x + residual`; with `prenorm` also that sum, in the residual's dtype."""
-        total = x if residual is None else residual.float() + x
-        y = rms_norm(total, self.weight, self.eps).to(x.dtype)
-        return (y, total if residual is None else total.to(residual.dtype)) if prenorm else y
+        if residual is None:
+            y, total = rms_norm(x, self.weight, self.eps, kernels=self.kernels), x
+        else:
+            y, total = rms_norm(x, self.weight, self.eps, residual=residual, kernels=self.kernels)
+        return (y, total) if prenorm else y
 
 
 class FusedRMSNormGated(FlaFusedRMSNormGated):
@@ -84,10 +83,8 @@ class FusedRMSNormGated(FlaFusedRMSNormGated):
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         """Norm of `x` times silu(g): both [..., D]."""
-        if uses_triton(self, x):
-            return super().forward(x, g)
         assert self.activation in ("swish", "silu"), self.activation
-        return (rms_norm(x, self.weight, self.eps) * F.silu(g.float())).to(x.dtype)
+        return gated_rms_norm(x, g, self.weight, self.eps, kernels=self.kernels)
 
 
 class ShortConvolution(FlaShortConvolution):
@@ -350,7 +347,8 @@ class GlaAdapter:
                 f"kernels: triton needs a GPU, but the device is {device!r}; use kernels: auto"
             )
         chosen = "triton (fla)" if on_gpu and kernels != "reference" else "reference"
-        return dict.fromkeys(("gla", "causal_conv1d", "gated_rms_norm", "swiglu"), chosen)
+        ops = dict.fromkeys(("gla", "causal_conv1d", "swiglu"), chosen)
+        return ops | {"rms_norm": implementation(kernels, device)}
 
     def prepare(self, spec: ModelSpec) -> Prepared:
         """See `adapters.base.ModelAdapter`. A checkpoint's own tokenizer wins over the spec's."""

@@ -15,7 +15,13 @@ from transformers.models.mamba2 import modeling_mamba2 as stock2
 
 from ssm_train.adapters import common, loading, mamba_checkpoint, ssd_triton
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
-from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer, MambaMixer
+from ssm_train.adapters.mamba_mixer import (
+    CachedMixer,
+    GatedRMSNorm,
+    Mamba2Mixer,
+    MambaMixer,
+    RMSNorm,
+)
 from ssm_train.errors import InputError
 from ssm_train.kernels import implementation
 
@@ -55,6 +61,18 @@ class MambaBlock(Block, stock1.MambaBlock):  # type: ignore[misc]
 
 
 class Mamba2Block(Block, stock2.Mamba2Block):  # type: ignore[misc]
+    pass
+
+
+class MambaRMSNorm(RMSNorm, stock1.MambaRMSNorm):  # type: ignore[misc]
+    pass
+
+
+class Mamba2RMSNorm(RMSNorm, stock2.Mamba2RMSNorm):  # type: ignore[misc]
+    pass
+
+
+class Mamba2RMSNormGated(GatedRMSNorm, stock2.MambaRMSNormGated):  # type: ignore[misc]
     pass
 
 
@@ -177,11 +195,13 @@ TYPES: dict[type[nn.Module], type[nn.Module]] = {
     stock1.MambaModel: MambaModel,
     stock1.MambaBlock: MambaBlock,
     stock1.MambaMixer: MambaMixer,
+    stock1.MambaRMSNorm: MambaRMSNorm,
     stock2.Mamba2ForCausalLM: Mamba2ForCausalLM,
     stock2.Mamba2Model: Mamba2Model,
     stock2.Mamba2Block: Mamba2Block,
     stock2.Mamba2Mixer: Mamba2Mixer,
-    stock2.MambaRMSNormGated: GatedRMSNorm,
+    stock2.Mamba2RMSNorm: Mamba2RMSNorm,
+    stock2.MambaRMSNormGated: Mamba2RMSNormGated,
 }
 
 
@@ -216,8 +236,10 @@ class MambaAdapter:
                 f"kernels: triton needs a GPU, but the device is {device!r}; use kernels: auto"
             )
         if self.name == "mamba2":
-            return {"causal_conv1d": ours, "ssd": ssd_triton.implementation(kernels, device)}
-        return {"causal_conv1d": ours, "selective_scan": ours}
+            scan = {"ssd": ssd_triton.implementation(kernels, device)}
+        else:
+            scan = {"selective_scan": ours}
+        return {"causal_conv1d": ours, **scan, "rms_norm": ours}
 
     def prepare(self, spec: ModelSpec) -> Prepared:
         kernels = self.choose_kernels(spec.kernels, spec.device)
@@ -225,7 +247,7 @@ class MambaAdapter:
         model = self._load(spec, tokenizer)
         adopt(model)
         for module in model.modules():
-            if isinstance(module, (CachedMixer, common.CausalConv1d)):
+            if isinstance(module, (CachedMixer, common.CausalConv1d, RMSNorm, GatedRMSNorm)):
                 module.kernels = spec.kernels
         model = common.finish(model, spec, tokenizer, self.traits)
         return Prepared(model, tokenizer, self.traits, kernels)

@@ -15,6 +15,7 @@ from transformers.models.mamba2 import modeling_mamba2 as stock2
 
 from ssm_train.adapters import common, ssd_triton
 from ssm_train.adapters.base import KernelChoice
+from ssm_train.kernels.rms_norm import gated_rms_norm, rms_norm
 from ssm_train.kernels.selective_scan import selective_scan
 from ssm_train.kernels.ssd import ssd
 
@@ -225,18 +226,31 @@ def step_sizes(
     return dt if real is None else dt.masked_fill(~real, 0)
 
 
-class GatedRMSNorm(stock2.MambaRMSNormGated):
-    """RMSNorm of x * silu(gate) in fp32, group by group (Mamba-2's groups of B and C).
+class RMSNorm:
+    """Norm of [..., D] in fp32, for every such class of transformers."""
+
+    kernels: KernelChoice = "auto"
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, kernels=self.kernels)
+
+
+class GatedRMSNorm:
+    """Norm of x * silu(gate) in fp32, group by group (Mamba-2's groups of B and C).
 
     mamba_ssm normalises per group; transformers 5.17 takes all groups together.
     """
 
+    kernels: KernelChoice = "auto"
     group_size: int
 
-    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        x = hidden_states.float()
-        if gate is not None:
-            x = x * F.silu(gate.float())
-        x = x.unflatten(-1, (-1, self.group_size))
-        x = F.rms_norm(x, x.shape[-1:], eps=self.variance_epsilon).flatten(-2)
-        return self.weight * x.to(hidden_states.dtype)
+    def forward(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+        return gated_rms_norm(
+            hidden_states,
+            gate,
+            self.weight,
+            self.variance_epsilon,
+            gate_first=True,
+            group_size=self.group_size,
+            kernels=self.kernels,
+        )
