@@ -96,6 +96,12 @@ def test_bf16_base_keeps_fp32_factors(family, variant):
 
 
 @every_family
+def test_the_choice_of_kernels_reaches_every_norm(family):
+    norms = [m for m in prepare(family).model.modules() if "RMSNorm" in type(m).__name__]
+    assert norms and all(norm.kernels == "auto" for norm in norms)
+
+
+@every_family
 def test_the_choice_of_kernels_survives_injection(family):
     prepared = prepare(family)
     modules = [m for m in prepared.model.modules() if hasattr(m, "kernels")]
