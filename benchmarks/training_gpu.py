@@ -1,0 +1,287 @@
+"""Training on one GPU beside what people use today, LoRA on all projections of random models.
+
+    python benchmarks/training_gpu.py gla gla-tuned gla-small --out training.json
+
+Each case has two arms that take turns in one process; a cell is the median over the turns. Only
+real tokens count. Every adapter of both arms must have moved at the end, else the case fails.
+The peers' kernels use the same stored choices as ours, so that nothing is tuned while timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from throughput import MODELS, SPECIAL, draw_examples
+
+from ssm_train import distributed
+from ssm_train.adapters import registry
+from ssm_train.adapters.base import Batch, ModelSpec
+from ssm_train.data.batches import pack
+from ssm_train.data.tokens import TokenizedDataset
+from ssm_train.loop import Schedule, Training, train_step
+from ssm_train.optim import OptimSettings, build_optimizer
+from ssm_train.peft.spec import load_peft
+from ssm_train.record import describe_environment
+
+RANK = 16
+ROW = 16_384  # the default of tokens_per_batch
+OPTIM = OptimSettings(learning_rate=1e-4, lr_scheduler_type="constant")
+
+
+@dataclass
+class Turn:
+    tokens_per_second: float
+    milliseconds: float  # an optimizer step
+    tokens: float  # real ones of an optimizer step
+    peak_gib: float
+    loss: float
+
+
+@dataclass
+class Arm:
+    """One side of a comparison: `train(steps)` gives the (seconds, real tokens, loss) of each."""
+
+    name: str
+    build: Callable[[], tuple[Any, Callable[[int], list[tuple[float, int, float]]]]]
+    turns: list[Turn] = field(default_factory=list)
+
+
+def documents(vocabulary: int) -> Iterator[tuple[TokenizedDataset, np.ndarray]]:
+    """The data, and one document after the other, without an end."""
+    data = draw_examples(8192, vocabulary)
+    while True:
+        for index in range(len(data.lengths)):
+            yield data, np.array([index])
+
+
+def packed_rows(vocabulary: int, tokens: int) -> Iterator[Batch]:
+    data, chosen, total = None, [], 0
+    for data, index in documents(vocabulary):
+        length = int(data.lengths[index[0]])
+        if total + length > tokens:
+            yield pack(data, np.array(chosen), tokens)
+            chosen, total = [], 0
+        chosen.append(int(index[0]))
+        total += length
+
+
+def ours(
+    model: str, tokens: int = ROW, graphs: bool = False, full: bool = False
+) -> Callable[[], Any]:
+    def build() -> Any:
+        accelerator = distributed.build_accelerator("bf16", "cuda")
+        distributed.seed_everything(0)
+        config = MODELS[model] | SPECIAL
+        stored = torch.float32 if full else torch.bfloat16
+        spec = ModelSpec(new_model=config, dtype=stored, device="cuda")
+        adapter, _ = registry.resolve(spec)
+        prepared = adapter.prepare(spec)
+        if not full:
+            peft = load_peft({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK})
+            assert peft is not None
+            peft.make().inject(prepared)
+        optimizer = build_optimizer(prepared.model, OPTIM, prepared.traits.no_decay)
+        net, optimizer = accelerator.prepare(prepared.model, optimizer)
+        rows = packed_rows(config["vocab_size"], tokens)
+        run = Training(
+            accelerator=accelerator, model=net, optimizer=optimizer,
+            token_losses=adapter.token_losses, micro_batches=lambda step: [next(rows)],
+            schedule=Schedule(10_000, 10_000, 10_000, 1, 1, 1), optim=OPTIM, prec="bf16",
+            log=lambda row: None, evaluate=None, save=None, cuda_graphs=graphs,
+        )  # fmt: skip
+        net.train()
+
+        def train(steps: int) -> list[tuple[float, int, float]]:
+            found, began = [], time.perf_counter()
+            waiting = None
+            for step in range(steps):  # read one step late, as the loop does
+                report = train_step(run, step)
+                if waiting is not None:
+                    status = waiting.read()
+                    now = time.perf_counter()
+                    found.append((now - began, status.tokens, status.loss))
+                    began = now
+                waiting = report
+            return found
+
+        return net, train
+
+    return build
+
+
+def trainer(model: str, batch_size: int, accumulation: int, tuned: bool) -> Callable[[], Any]:
+    """HF Trainer, peft and fla's own model: padded rows, defaults; `tuned`: rows of similar length
+    together and fla's fused loss."""
+
+    def build() -> Any:
+        import fla.models  # noqa: F401  registers its models
+        from peft import LoraConfig, get_peft_model
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            Trainer,
+            TrainerCallback,
+            TrainingArguments,
+        )
+
+        config = dict(MODELS[model] | SPECIAL)
+        kind = config.pop("model_type")
+        if kind == "gla":  # the fused one reads the weight of down_proj past its LoRA
+            config |= {"fuse_swiglu": False, "fuse_linear_cross_entropy": tuned}
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+        net = get_peft_model(
+            net.to(torch.bfloat16),
+            LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        data = draw_examples(8192, config["vocab_size"])
+        order = np.random.default_rng(1).permutation(len(data.lengths))
+        if tuned:  # group by length, as the Trainer's own option: blocks of 50 batches
+            block = 50 * batch_size
+            order = np.concatenate(
+                [
+                    b[np.argsort(-data.lengths[b], kind="stable")]
+                    for b in np.split(order, range(block, len(order), block))
+                ]
+            )
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        if tuned:
+            np.random.default_rng(2).shuffle(batches)
+        position = 0
+
+        def collate(_: Any) -> dict[str, torch.Tensor]:
+            nonlocal position
+            examples = batches[position % len(batches)]
+            position += 1
+            lengths = data.lengths[examples]
+            ids = np.zeros((len(examples), lengths.max()), dtype=np.int64)
+            real = np.arange(lengths.max()) < lengths[:, None]
+            learnt = np.zeros_like(real)
+            ids[real], learnt[real] = data.join(examples)
+            return {
+                "input_ids": torch.from_numpy(ids),
+                "attention_mask": torch.from_numpy(real.astype(np.int64)),
+                "labels": torch.from_numpy(np.where(learnt, ids, -100)),
+            }
+
+        class Clock(TrainerCallback):
+            def __init__(self) -> None:
+                self.found: list[tuple[float, int, float]] = []
+
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                self.first = position
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                torch.cuda.synchronize()
+                self.ends = getattr(self, "ends", [])
+                self.ends.append((time.perf_counter(), position))
+
+        def train(steps: int) -> list[tuple[float, int, float]]:
+            clock = Clock()
+            run = Trainer(
+                model=net,
+                args=TrainingArguments(
+                    output_dir="/tmp/peer", per_device_train_batch_size=batch_size,
+                    gradient_accumulation_steps=accumulation, max_steps=steps, bf16=True,
+                    learning_rate=1e-4, lr_scheduler_type="constant", report_to=[],
+                    save_strategy="no", logging_steps=1, disable_tqdm=True,
+                    remove_unused_columns=False,
+                ),
+                train_dataset=[0] * 10**6, data_collator=collate, callbacks=[clock],
+            )  # fmt: skip
+            first = position
+            run.train()
+            losses = [row["loss"] for row in run.state.log_history if "loss" in row]
+            positions = [first, *(p for _, p in clock.ends)]
+            times = [t for t, _ in clock.ends]
+            tokens = [
+                sum(int(data.lengths[batches[i % len(batches)]].sum()) for i in range(a, b))
+                for a, b in zip(positions[:-1], positions[1:], strict=True)
+            ]
+            return [(times[i] - times[i - 1], tokens[i], losses[i]) for i in range(1, len(times))]
+
+        return net, train
+
+    return build
+
+
+CASES: dict[str, tuple[Arm, Arm]] = {
+    "gla": (
+        Arm("ours", ours("gla-1.3b")),
+        Arm("HF Trainer, batch 16", trainer("gla-1.3b", 16, 5, tuned=False)),
+    ),
+    "gla-tuned": (
+        Arm("ours", ours("gla-1.3b")),
+        Arm("HF Trainer, grouped by length, batch 64", trainer("gla-1.3b", 64, 1, tuned=True)),
+    ),
+    "gla-small": (
+        Arm("graphs", ours("gla-1.3b", tokens=2048, graphs=True)),
+        Arm("without graphs", ours("gla-1.3b", tokens=2048)),
+    ),
+    "mamba-small": (
+        Arm("graphs", ours("mamba-1.4b", tokens=2048, graphs=True)),
+        Arm("without graphs", ours("mamba-1.4b", tokens=2048)),
+    ),
+}
+
+
+def check_alive(name: str, net: torch.nn.Module) -> None:
+    dead = [n for n, p in net.named_parameters() if "lora_B" in n and not p.any()]
+    assert not dead, f"{name}: dead adapters, such as {dead[0]}"
+
+
+def compare(arms: tuple[Arm, Arm], turns: int, steps: int) -> None:
+    built, held = [], []
+    for arm in arms:
+        before = torch.cuda.memory_allocated()
+        built.append(arm.build())
+        built[-1][1](4)  # compiles, tunes, records
+        held.append(torch.cuda.memory_allocated() - before)
+    for _ in range(turns):
+        for i, (arm, (_, train)) in enumerate(zip(arms, built, strict=True)):
+            torch.cuda.reset_peak_memory_stats()
+            rows = train(steps)[2:]
+            seconds = median(row[0] for row in rows)
+            tokens = float(np.mean([row[1] for row in rows]))
+            rate = sum(row[1] for row in rows) / sum(row[0] for row in rows)
+            peak = (torch.cuda.max_memory_allocated() - held[1 - i]) / 2**30
+            arm.turns.append(Turn(rate, seconds * 1e3, tokens, peak, rows[-1][2]))
+            print(f"  {arm.name}: {arm.turns[-1]}", flush=True)
+    for arm, (net, _) in zip(arms, built, strict=True):
+        check_alive(arm.name, net)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("cases", nargs="+", choices=CASES)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"environment": describe_environment(), "cases": {}}
+    for name in arguments.cases:
+        print(name, flush=True)
+        arms = CASES[name]
+        compare(arms, arguments.turns, arguments.steps)
+        middle = [median(turn.tokens_per_second for turn in arm.turns) for arm in arms]
+        results["cases"][name] = {
+            "ratio": middle[0] / middle[1],
+            **{arm.name: [vars(turn) for turn in arm.turns] for arm in arms},
+        }
+        print(f"{name}: {middle[0]:,.0f} / {middle[1]:,.0f} tokens/s = {middle[0] / middle[1]:.2f}")
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
