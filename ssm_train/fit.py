@@ -5,14 +5,15 @@ method with a warm-up chooses by it what the last stage trains; that one ends in
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ssm_train import distributed, graphs
@@ -200,6 +201,7 @@ def open_stage(
         for line in [*lines, *describe_rates(optimizer)]:
             bar.say(line)
         stack.enter_context(bar)
+        stack.enter_context(tell_compiling(ready.accelerator.device, bar.say))
         if distributed.is_main():  # rank 0
             run_dir.mkdir(exist_ok=True)
         log = RunLog(
@@ -208,6 +210,17 @@ def open_stage(
         )  # fmt: skip
         stack.callback(log.close)
         yield Stage(ready, schedule, bare, model, prepared_optimizer, checkpoints, state, log)
+
+
+def tell_compiling(
+    device: torch.device, say: Callable[[str], None]
+) -> AbstractContextManager[None]:
+    """Lines about kernels under compilation, on rank 0 of a run on a GPU; else nothing."""
+    if device.type != "cuda" or not distributed.is_main():
+        return nullcontext()
+    from ssm_train.kernels import tuning  # triton, which a CPU may do without
+
+    return tuning.tell_compiling(say)
 
 
 def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | None:

@@ -27,6 +27,7 @@ from ssm_train.assemble import (
     load_examples,
     plan_order,
     prepare_model,
+    say_line,
 )
 from ssm_train.bases import (
     base_run,
@@ -40,7 +41,7 @@ from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
 from ssm_train.data.sources import check_data
 from ssm_train.errors import InputError
-from ssm_train.fit import Ready, fit, warm_up
+from ssm_train.fit import Ready, fit, tell_compiling, warm_up
 from ssm_train.lock import check_free, own
 from ssm_train.metrics import check_trackers
 from ssm_train.optim import lr_at
@@ -138,15 +139,19 @@ def get_ready(
     method, prepared = subject.method, subject.prepared
     order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)
     ready = Ready(run_dir, cfg, accelerator, subject, base, data, order, {}, found, notes)
+    if distributed.is_main():  # rank 0; now, as the next lines may compile for minutes
+        for note in prepared.notes:
+            say_line(note)
     if isinstance(method, SdLoraMethod) and ready.warms_up:
         check_warmup(cfg, method.warmup_steps, ready.schedule.total_steps)
     if method and found and "base" in found.tensors:  # a resumed run takes its checkpoint's
         method.restore_base(prepared.model, found.tensors["base"])
-    elif method and not found:
-        method.calibrate(prepared, ready.examples(), ready.token_losses)
-    ready.prove_alive()
-    if cfg.packing and cfg.packing_check:
-        ready.prove_isolated()
+    with tell_compiling(device, say_line):
+        if method and not found:
+            method.calibrate(prepared, ready.examples(), ready.token_losses)
+        ready.prove_alive()
+        if cfg.packing and cfg.packing_check:
+            ready.prove_isolated()
     autocast = partial(distributed.autocast, cfg.prec, device)
     ready.evaluations = {
         split: build_evaluation(cfg, subject.adapter, data[split], subject.prepared, autocast)

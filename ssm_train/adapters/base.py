@@ -93,6 +93,8 @@ class Prepared:
     traits: Traits
     kernels: dict[str, str] = field(default_factory=dict)
     """op -> implementation in use, for the log."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for the log."""
 
 
 @dataclass

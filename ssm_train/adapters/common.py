@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_train.adapters import loading
+from ssm_train.adapters import loading, ssd_triton
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Traits
 from ssm_train.kernels.causal_conv1d import causal_conv1d
 from ssm_train.loss import sum_cross_entropy, sum_linear_cross_entropy
+
+# Implementations that choose their configurations by timing them -> the package that they are in.
+TUNED = {"triton (fla)": "fla", "mamba_ssm (Triton)": "mamba_ssm"}
 
 
 def retype(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -> int:
@@ -147,6 +150,21 @@ def enable_gradient_checkpointing(model: Any) -> None:
     with warnings.catch_warnings():  # the new name is not in the oldest transformers that we take
         warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def choose_stored(kernels: Mapping[str, str], device: str) -> list[str]:
+    """Kernels of fla and mamba_ssm, where they are in use, run as is stored for this GPU, instead
+    of being tuned in the first steps (`kernels.tuning`). Returns the lines for the log."""
+    in_use = set(kernels.values())
+    packages = [package for name, package in TUNED.items() if name in in_use]
+    if not packages:
+        return []
+    from ssm_train.kernels.choices import Gpu
+    from ssm_train.kernels.tuning import use_stored  # triton, which a CPU may do without
+
+    if "mamba_ssm" in packages:
+        ssd_triton.load_kernel(ssd_triton.SSD, "mamba_chunk_scan_combined")
+    return [use_stored(Gpu.at(device), package) for package in packages]
 
 
 def finish(model: Any, spec: ModelSpec, tokenizer: Any, traits: Traits) -> nn.Module:

@@ -363,7 +363,8 @@ class GlaAdapter:
         model = loading.load_or_make(GLAForCausalLM, fla_model.GLAConfig, spec, tokenizer)
         adopt(model, spec.kernels)
         model = common.finish(model, spec, tokenizer, self.traits)
-        return Prepared(model, tokenizer, self.traits, kernels)
+        notes = common.choose_stored(kernels, spec.device)
+        return Prepared(model, tokenizer, self.traits, kernels, notes)
 
     def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
         return common.token_losses(model, batch)

@@ -250,7 +250,8 @@ class MambaAdapter:
             if isinstance(module, (CachedMixer, common.CausalConv1d, RMSNorm, GatedRMSNorm)):
                 module.kernels = spec.kernels
         model = common.finish(model, spec, tokenizer, self.traits)
-        return Prepared(model, tokenizer, self.traits, kernels)
+        notes = common.choose_stored(kernels, spec.device)
+        return Prepared(model, tokenizer, self.traits, kernels, notes)
 
     def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
         return common.token_losses(model, batch)

@@ -1,0 +1,244 @@
+"""Which configuration an autotuned kernel of fla or mamba_ssm runs with: the one stored for this
+GPU model, else the fastest that Triton measures."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from triton.runtime.autotuner import Autotuner, Config
+from triton.runtime.errors import OutOfResources, PTXASError
+from triton.runtime.jit import KernelInterface
+
+from ssm_train.kernels.choices import Choices, Entries, Gpu, Key, load
+
+PACKAGES = ("fla", "mamba_ssm")
+
+
+def find_autotuners(packages: tuple[str, ...] = PACKAGES) -> dict[str, Autotuner]:
+    """Every autotuner in the loaded modules of these packages, by module and name of its kernel."""
+    found = {}
+    for module_name, module in list(sys.modules.items()):
+        if module is None or module_name.partition(".")[0] not in packages:
+            continue
+        for value in list(vars(module).values()):
+            while isinstance(value, KernelInterface) and not isinstance(value, Autotuner):
+                value = getattr(value, "fn", None)  # of heuristics around it
+            if isinstance(value, Autotuner):
+                found[f"{value.base_fn.__module__}.{value.base_fn.__name__}"] = value
+    return found
+
+
+def find_choosing(packages: tuple[str, ...] = PACKAGES) -> dict[str, Autotuner]:
+    """Those that have something to choose from."""
+    found = find_autotuners(packages)
+    return {name: tuner for name, tuner in found.items() if len(tuner.configs) > 1}
+
+
+def key_of(tuner: Autotuner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key:
+    """What `Autotuner.run` keeps its choice under."""
+    given = {**dict(zip(tuner.arg_names, args, strict=False)), **kwargs}
+    names = set(tuner.arg_names)
+    known = {name: value for name, value in given.items() if name in names}
+    sizes = [known[name] for name in tuner.keys if name in known]
+    return (*sizes, *(str(value.dtype) for value in known.values() if hasattr(value, "dtype")))
+
+
+def plain(key: Key) -> Key:
+    """The key as JSON keeps it."""
+    return tuple(v if isinstance(v, str | int | float | None) else str(v) for v in key)
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """A configuration as JSON keeps it; a hook of its own belongs to the kernel."""
+    return {k: v for k, v in vars(config).items() if k != "pre_hook" and v is not None}
+
+
+# ---------------------------------------------------------------- stored choices
+
+
+def use_stored(gpu: Gpu, package: str) -> str:
+    """From now on a stored choice stands in for the search of every autotuner that the package has
+    loaded. Returns the line for the run's log."""
+    if "FLA_CACHE_MODE" in os.environ:
+        return "FLA_CACHE_MODE is set, so stored kernel choices are left aside"
+    choices, sources = load(gpu)
+    for name, tuner in find_choosing((package,)).items():
+        tuner.run = Lookup(tuner, choices.get(name, {}))
+    if any(name.startswith(f"{package}.") for name in choices):
+        return f"stored {package} kernel choices for {gpu.name}: {', '.join(sources)}"
+    unread = "".join(f", {source}" for source in sources if "cannot be read" in source)
+    return (
+        f"no stored {package} kernel choices for {gpu.name}{unread}: its kernels are tuned in the "
+        "first steps, which takes minutes; run ssm-train warmup once"
+    )
+
+
+@dataclass
+class Lookup:
+    """`run` of an autotuner, after a look at what is stored."""
+
+    tuner: Autotuner
+    entries: Entries
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = partial(type(self.tuner).run, self.tuner)
+        key, cache = key_of(self.tuner, args, kwargs), self.tuner.cache
+        if key in cache or (config := self.find(key, args, kwargs)) is None:
+            return run(*args, **kwargs)
+        cache[key] = config
+        try:
+            return run(*args, **kwargs)
+        except (OutOfResources, PTXASError):  # fitted other sizes, or another Triton
+            del cache[key]
+            return run(*args, **kwargs)
+
+    def find(self, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Config | None:
+        """The nearest choice that is one of the kernel's own configurations for these arguments:
+        its pruning leaves out what would be wrong for them."""
+        key = plain(key)
+        distances = {other: distance(key, other) for other in self.entries}
+        ranked = sorted(
+            (k for k, d in distances.items() if d < math.inf), key=distances.__getitem__
+        )
+        if not ranked:
+            return None
+        self.tuner.nargs = dict(zip(self.tuner.arg_names, args, strict=False))
+        allowed = self.tuner.prune_configs(kwargs)
+        wanted = (self.entries[other] for other in ranked)
+        return next((c for w in wanted for c in allowed if describe(c) == w), None)
+
+
+def distance(key: Key, other: Key) -> float:
+    """Between keys that differ in positive numbers only: the sum of |log ratio|; else infinite."""
+    if len(key) != len(other):
+        return math.inf
+    total = 0.0
+    for a, b in zip(key, other, strict=True):
+        numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
+        if numbers and a > 0 and b > 0:
+            total += abs(math.log(a / b))
+        elif type(a) is not type(b) or a != b:
+            return math.inf
+    return total
+
+
+# ---------------------------------------------------------------- tuning
+
+
+def collect() -> Choices:
+    """What every autotuner has chosen in this process."""
+    return {
+        name: {plain(key): describe(config) for key, config in tuner.cache.items()}
+        for name, tuner in sorted(find_choosing().items())
+        if tuner.cache
+    }
+
+
+@contextmanager
+def intercept(around: Callable[..., Any]) -> Iterator[None]:
+    """Meanwhile `around(name, tuner, run, args, kwargs)` stands in for each autotuner's run; `run`
+    is Triton's own, which looks at nothing stored."""
+    tuners = find_choosing()
+    before = {name: vars(tuner).get("run") for name, tuner in tuners.items()}
+
+    def replace(name: str, tuner: Autotuner) -> None:
+        run = partial(type(tuner).run, tuner)
+        tuner.run = lambda *args, **kwargs: around(name, tuner, run, args, kwargs)
+
+    for name, tuner in tuners.items():
+        replace(name, tuner)
+    try:
+        yield
+    finally:
+        for name, tuner in tuners.items():
+            if before[name] is None:
+                del tuner.run
+            else:
+                tuner.run = before[name]
+
+
+@contextmanager
+def compile_share(index: int, count: int) -> Iterator[None]:
+    """Meanwhile autotuners compile every `count`-th configuration from `index` on, launch each once
+    and time none: what `count` processes leave in Triton's cache on disk is all that tuning needs.
+    """
+
+    def compile_some(name: str, tuner: Autotuner, run: Any, args: Any, kwargs: Any) -> Any:
+        key = key_of(tuner, args, kwargs)
+        if key not in tuner.cache:
+            tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
+            vars(tuner)["do_bench"] = launch_once  # in front of a cached property
+            configs = tuner.prune_configs(kwargs)
+            launch = partial(tuner._bench, *args, **kwargs)
+            share = [config for config in configs[index::count] if fits(launch(config=config))]
+            others = (config for config in configs if fits(launch(config=config)))
+            tuner.cache[key] = next(iter(share or others), configs[0])
+            del vars(tuner)["do_bench"]
+        return run(*args, **kwargs)
+
+    with intercept(compile_some):
+        yield
+
+
+def launch_once(kernel: Callable[[], object], quantiles: object) -> list[float]:
+    """A benchmark that measures nothing."""
+    kernel()
+    return [0.0, 0.0, 0.0]
+
+
+def fits(timings: list[float]) -> bool:
+    """Whether a configuration ran; Triton gives one that does not compile or fit infinite time."""
+    return timings[0] < math.inf
+
+
+@contextmanager
+def tune_anew(say: Callable[[str], None]) -> Iterator[None]:
+    """Meanwhile every autotuner measures, whatever is stored here or by Triton, and says what it
+    chose and how long that took."""
+
+    def tune(name: str, tuner: Autotuner, run: Any, args: Any, kwargs: Any) -> Any:
+        key = key_of(tuner, args, kwargs)
+        if key in tuner.cache:
+            return run(*args, **kwargs)
+        began, keeps = time.perf_counter(), tuner.cache_results
+        tuner.cache_results = False
+        try:
+            result = run(*args, **kwargs)
+        finally:
+            tuner.cache_results = keeps
+        say(f"{name}  {tuner.cache[key]}  {time.perf_counter() - began:.1f} s")
+        return result
+
+    with intercept(tune):
+        yield
+
+
+@contextmanager
+def tell_compiling(say: Callable[[str], None], seconds: float = 5.0) -> Iterator[None]:
+    """Meanwhile says, at most once in so many seconds, how many kernels Triton has compiled."""
+    from triton import knobs
+
+    before, count, said = knobs.compilation.listener, 0, time.monotonic()
+
+    def listen(*, cache_hit: bool, **about: Any) -> None:
+        nonlocal count, said
+        if before is not None:
+            before(cache_hit=cache_hit, **about)
+        count += not cache_hit
+        if not cache_hit and time.monotonic() - said >= seconds:
+            said = time.monotonic()
+            say(f"compiling kernels: {count} so far")
+
+    knobs.compilation.listener = listen
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before
