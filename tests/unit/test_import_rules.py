@@ -23,10 +23,13 @@ CONCRETE_ADAPTERS = {
 
 
 # The composition root and its neighbours: a run's stages, bases, from a config to its parts, a run
-# loaded again, which runs of a suite are done, and the old code's functions.
+# loaded again, what is tuned for one, which runs of a suite are done, and the old code's functions.
 COMPOSITION = tuple(
     f"ssm_train.{name}"
-    for name in ("train", "fit", "bases", "assemble", "finished", "launch.complete", "mamba_peft")
+    for name in (
+        *("train", "fit", "bases", "assemble", "finished", "warmup", "launch.complete"),
+        "mamba_peft",
+    )
 )
 
 
