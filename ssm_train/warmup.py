@@ -119,11 +119,13 @@ def checkpoint_shape(cfg: RunConfig) -> Mapping[str, Any]:
         base, _ = load_base_config(cfg.model)
         return base.new_model or checkpoint_shape(base)
     values = loading.read_config(cfg.model, cfg.revision)
-    registry.resolve(ModelSpec(model=cfg.model, adapter=cfg.adapter, revision=cfg.revision))
+    spec = ModelSpec(model=cfg.model, adapter=cfg.adapter, revision=cfg.revision)
+    adapter, _ = registry.resolve(spec)  # with it, transformers knows GLA
     if is_original(values):
         config = map_config(values)
-    else:  # GLA's is known to transformers once its adapter is loaded
-        config = AutoConfig.from_pretrained(cfg.model, revision=cfg.revision)
+    else:  # fla puts a Mamba of its own under transformers' name
+        config_class = getattr(adapter, "config_class", AutoConfig)
+        config = config_class.from_pretrained(cfg.model, revision=cfg.revision)
     known = {"model_type", *inspect.signature(type(config)).parameters}
     return {key: getattr(config, key) for key in known.intersection(config.to_diff_dict())}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,10 +53,11 @@ def test_a_checkpoint_lends_its_sizes(family: str, tmp_path: Path) -> None:
         original = {"d_model": 64, "n_layer": 9, "vocab_size": 96, "ssm_cfg": {"layer": "Mamba1"}}
         (tmp_path / "config.json").write_text(json.dumps(original), encoding="utf-8")
     else:
-        FAMILIES[family]()
+        adapter, _ = FAMILIES[family]()
         own = {"num_heads": 4, "head_dim": 32, "n_groups": 1} if family == "mamba2" else {}
         values = sizes | {"num_hidden_layers": 9} | own
-        AutoConfig.for_model(family, **values).save_pretrained(tmp_path)
+        make = getattr(adapter, "config_class", partial(AutoConfig.for_model, family))
+        make(**values).save_pretrained(tmp_path)
     shape = warmup.shape_of(config(model=str(tmp_path), new_model=None))
     assert shape.model is None and shape.new_model is not None
     assert shape.new_model.items() >= (sizes | {"num_hidden_layers": 2}).items()
