@@ -174,6 +174,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="files without their ends (default: report in the first DIR)"
     )
 
+    warmup_ = add(
+        "warmup",
+        warmup,
+        "Tune the kernels for this GPU. Writes the fastest configurations for the shapes of a run\n"
+        "to the user's cache directory, where every later run finds them.",
+        "ssm-train warmup --cfg cfg/warmup/gla_1.3b_packed.yaml",
+    )
+    warmup_.add_argument(
+        "--cfg", type=Path, required=True, metavar="FILE", help="run config (.yaml or .json)"
+    )
+    warmup_.add_argument(
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="that compile (default: cores - 2, up to 16)",
+    )
+    warmup_.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write instead")
+
     doctor_ = add(
         "doctor",
         doctor,
@@ -328,6 +346,17 @@ def report(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or arguments.directories[0] / "report"
     print(report_runs(find_runs(arguments.directories), out))
+    return DONE
+
+
+def warmup(arguments: argparse.Namespace) -> int:
+    from ssm_train.config import load_config
+
+    cfg, _ = load_config(arguments.cfg, {}, os.environ)
+
+    from ssm_train.warmup import tune
+
+    tune(cfg, arguments.processes, arguments.out)
     return DONE
 
 

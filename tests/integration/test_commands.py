@@ -114,6 +114,16 @@ def test_generate_says_what_the_predictions_say(finished, capsys, tmp_path):
     assert main([*command, "--num-beams", "2"]) == DONE
 
 
+def test_warmup_needs_a_gpu(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = write_config(tmp_path, "run", "gla")
+    assert main(["warmup", "--cfg", str(config)]) == BAD_INPUT
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "error: warmup tunes kernels for the GPU that runs them, and there is none here"
+    ]
+
+
 def test_plot_and_doctor(finished, capsys, tmp_path):
     result = finished["mamba_lora"][0]
     out = tmp_path / "both.png"
@@ -129,7 +139,9 @@ def test_plot_and_doctor(finished, capsys, tmp_path):
     assert "torch" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "merge", "plot", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "generate", "merge", "plot", "warmup", "doctor"]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

@@ -26,10 +26,13 @@ CONCRETE_ADAPTERS = {
 PARTS_OF_ADAPTERS = {"ssm_train.adapters.gla_triton"}
 
 # The composition root and its neighbours: a run's stages, bases, from a config to its parts, a run
-# loaded again, which runs of a suite are done, and the old code's functions.
+# loaded again, what is tuned for one, which runs of a suite are done, and the old code's functions.
 COMPOSITION = tuple(
     f"ssm_train.{name}"
-    for name in ("train", "fit", "bases", "assemble", "finished", "launch.complete", "mamba_peft")
+    for name in (
+        *("train", "fit", "bases", "assemble", "finished", "warmup", "launch.complete"),
+        "mamba_peft",
+    )
 )
 
 

@@ -1,0 +1,183 @@
+"""Tunes this GPU's kernels once for the shapes of a run: processes side by side compile, then one
+measures. The model has random weights and few layers, as neither changes what is fastest."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from ssm_train import distributed
+from ssm_train.adapters import loading, registry
+from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, Prepared
+from ssm_train.adapters.mamba_checkpoint import is_original, map_config
+from ssm_train.assemble import STORAGE, say_line, select_kernels
+from ssm_train.bases import base_run, load_base_config
+from ssm_train.config import RunConfig
+from ssm_train.data.batches import collate, pack
+from ssm_train.data.tasks.corpus import CorpusTask
+from ssm_train.data.tasks.random_tokens import prompt_length
+from ssm_train.data.tokens import Chunk, TokenizedDataset
+from ssm_train.errors import InputError
+from ssm_train.peft.spec import load_peft
+
+LAYERS = 2
+LENGTH = 512  # tokens of a document, where the run has no max_length
+VOCABULARY = 32_000  # where the model's is not known before its tokenizer is
+MOST_PROCESSES = 16
+PROCESS_GIB = 5  # of GPU memory, for 16,384 tokens of a layer of 2,048 channels
+
+
+def tune(cfg: RunConfig, processes: int | None, out: Path | None) -> Path:
+    """Tunes what a training step of `cfg` runs and writes the choices: to `out`, or to the user's
+    file. Raises InputError where there is no GPU, or nothing to tune."""
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        raise InputError("warmup tunes kernels for the GPU that runs them, and there is none here")
+    from ssm_train.kernels.choices import Gpu, write
+    from ssm_train.kernels.tuning import collect, tune_anew
+
+    began = time.perf_counter()
+    count = processes or count_processes()
+    shape = shape_of(cfg)
+    if count > 1:
+        say_line(f"compiling in {count} processes")
+        lost = compile_side_by_side(shape, count)
+        minutes = (time.perf_counter() - began) / 60
+        say_line(f"compiled after {minutes:.1f} minutes" + (f"; {lost} failed" if lost else ""))
+    device = distributed.build_accelerator(shape.prec, shape.device).device
+    run_step(shape, device, tune_anew(say_line))
+    if not (choices := collect()):
+        raise InputError("this run has no kernels to tune: they are plain PyTorch, or of one kind")
+    gpu = Gpu.at(device)
+    file = out or gpu.user_file
+    write(file, gpu, choices)
+    tuned = sum(map(len, choices.values()))
+    say_line(f"{tuned} choices in {file} after {(time.perf_counter() - began) / 60:.1f} minutes")
+    return file
+
+
+def count_processes() -> int:
+    """As many as there are cores, less two, and as have room on the GPU."""
+    cores = len(os.sched_getaffinity(0)) - 2
+    free, _ = torch.cuda.mem_get_info()
+    return max(1, min(cores, MOST_PROCESSES, free // (PROCESS_GIB * 2**30)))
+
+
+def compile_side_by_side(cfg: RunConfig, count: int) -> int:
+    """Each process compiles its share of the configurations; returns how many failed, which costs
+    time and nothing else."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=compile_part, args=(cfg, i, count)) for i in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(worker.exitcode != 0 for worker in workers)
+
+
+def compile_part(cfg: RunConfig, index: int, count: int) -> None:
+    """What process `index` of `count` does."""
+    from ssm_train.kernels.tuning import compile_share
+
+    torch.set_num_threads(1)
+    device = distributed.select_device(cfg.device) or torch.device("cuda")
+    try:
+        run_step(cfg, device, compile_share(index, count))
+    except RuntimeError as error:  # no room on the GPU
+        say_line(f"process {index}: {' '.join(str(error).split())[:200]}")
+        sys.exit(1)
+
+
+# ---------------------------------------------------------------- a step
+
+
+def shape_of(cfg: RunConfig) -> RunConfig:
+    """The run with a new model in place of a checkpoint: of its sizes, with few layers."""
+    values = {"vocab_size": VOCABULARY, **(cfg.new_model or checkpoint_shape(cfg))}
+    peft = load_peft(cfg.peft, cfg.peft_overrides.given())
+    if not (peft and re.search(r"layers\W+\d", str(peft.dump()))):  # else it names single layers
+        values["num_hidden_layers"] = LAYERS
+    return cfg.model_copy(update={"model": None, "new_model": values})
+
+
+def checkpoint_shape(cfg: RunConfig) -> Mapping[str, Any]:
+    """A checkpoint's configuration as `new_model` takes it."""
+    assert cfg.model is not None
+    if base_run(cfg) is not None:
+        base, _ = load_base_config(cfg.model)
+        return base.new_model or checkpoint_shape(base)
+    values = loading.read_config(cfg.model, cfg.revision)
+    spec = ModelSpec(model=cfg.model, adapter=cfg.adapter, revision=cfg.revision)
+    adapter, _ = registry.resolve(spec)  # with it, transformers knows GLA
+    if is_original(values):
+        config = map_config(values)
+    else:  # fla puts a Mamba of its own under transformers' name
+        config_class = getattr(adapter, "config_class", AutoConfig)
+        config = config_class.from_pretrained(cfg.model, revision=cfg.revision)
+    known = {"model_type", *inspect.signature(type(config)).parameters}
+    return {key: getattr(config, key) for key in known.intersection(config.to_diff_dict())}
+
+
+def run_step(cfg: RunConfig, device: torch.device, tuning: AbstractContextManager[None]) -> None:
+    """A forward and a backward pass as the run makes them; `tuning` is entered when the kernels'
+    modules are loaded."""
+    adapter, prepared = build_model(cfg, str(device))
+    vocabulary = prepared.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    batch = make_batch(cfg, vocabulary).to(device)
+    prepared.model.train()
+    with tuning:
+        with distributed.autocast(cfg.prec, device):
+            loss = adapter.token_losses(prepared.model, batch).loss
+        loss.backward()
+        loss.item()  # an error on the device shows here
+
+
+def build_model(cfg: RunConfig, device: str) -> tuple[ModelAdapter, Prepared]:
+    """The new model with the run's PEFT method. Layers are recomputed, which saves memory and runs
+    the same kernels."""
+    peft = load_peft(cfg.peft, cfg.peft_overrides.given())
+    spec = ModelSpec(
+        new_model=cfg.new_model,
+        adapter=cfg.adapter,
+        dtype=torch.float32 if peft is None else STORAGE[cfg.prec],
+        kernels=select_kernels(cfg),
+        gradient_checkpointing=True,
+        device=device,
+    )
+    adapter, _ = registry.resolve(spec)
+    prepared = adapter.prepare(spec)
+    if peft is not None:
+        if hasattr(peft.settings, "layers_to_transform"):  # may not be there
+            every_layer = {"layers_to_transform": None}
+            peft = replace(peft, settings=peft.settings.model_copy(update=every_layer))
+        peft.make().inject(prepared)
+    return adapter, prepared
+
+
+def make_batch(cfg: RunConfig, vocabulary: int) -> Batch:
+    """A micro-batch of random tokens, of the run's shape; all examples have one length."""
+    length = cfg.max_length or LENGTH
+    if cfg.packing:
+        length = min(length, cfg.tokens_per_batch)
+    count = cfg.tokens_per_batch // length if cfg.packing else cfg.batch_size
+    chunk = Chunk(
+        ids=np.random.default_rng(0).integers(vocabulary, size=count * length, dtype=np.int32),
+        learnt=np.tile(np.arange(length) >= prompt_length(length), count),
+        lengths=np.full(count, length),
+        prompt_lengths=np.full(count, prompt_length(length)),
+    )
+    examples = TokenizedDataset(CorpusTask(), "random tokens", [chunk], pad_id=0, eos_id=0)
+    rows = np.arange(count)
+    return pack(examples, rows, cfg.tokens_per_batch) if cfg.packing else collate(examples, rows)
