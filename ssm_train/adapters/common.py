@@ -93,8 +93,9 @@ class Fp32BiasLinear(nn.Linear):
         return self.add_bias(F.linear(x, self.weight))
 
     def add_bias(self, y: Tensor) -> Tensor:
-        y = y.to(torch.promote_types(y.dtype, torch.float32))
-        return y if self.bias is None else y + self.bias
+        if self.bias is None:
+            return y.to(torch.promote_types(y.dtype, torch.float32))
+        return y + self.bias.to(torch.promote_types(y.dtype, torch.float32))  # y is cast on the way
 
 
 def project(x: Tensor, *modules: nn.Module) -> list[Tensor]:

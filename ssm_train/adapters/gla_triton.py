@@ -89,7 +89,7 @@ class PackedGla(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor):  # type: ignore[no-untyped-def]
         q, k, v, decay, A = ctx.saved_tensors
         do, scale, options = do.contiguous(), ctx.scale, ctx.chunks.options
-        h = states(k, v, decay, ctx.chunks, torch.float32)
+        h = states(k, v, decay, ctx.chunks, STATES or torch.float32)
         dh = state_gradients(q, do, decay, scale, ctx.chunks, h)
         dv = chunk_gla_bwd_dv(k, decay, A, do, dh, **options)
         dA = chunk_gla_bwd_dA(v, do, scale=scale, **options)
