@@ -2,8 +2,8 @@
 
     python benchmarks/training_gpu.py gla gla-tuned gla-small --out training.json
 
-Each case has two arms that take turns in one process; a cell is the median over the turns. Only
-real tokens count. Every adapter of both arms must have moved at the end, else the case fails.
+Each case has two arms that take turns in one process; a rate is the real tokens of a step over the
+median step, and a cell the median over the turns. Every adapter of both arms must have moved at the end, else the case fails.
 The peers' kernels use the same stored choices as ours, so that nothing is tuned while timed.
 """
 
@@ -245,7 +245,7 @@ def compare(arms: tuple[Arm, Arm], turns: int, steps: int) -> None:
     for arm in arms:
         before = torch.cuda.memory_allocated()
         built.append(arm.build())
-        built[-1][1](4)  # compiles, tunes, records
+        built[-1][1](6)  # compiles, tunes, records
         held.append(torch.cuda.memory_allocated() - before)
     for _ in range(turns):
         for i, (arm, (_, train)) in enumerate(zip(arms, built, strict=True)):
@@ -253,9 +253,8 @@ def compare(arms: tuple[Arm, Arm], turns: int, steps: int) -> None:
             rows = train(steps)[2:]
             seconds = median(row[0] for row in rows)
             tokens = float(np.mean([row[1] for row in rows]))
-            rate = sum(row[1] for row in rows) / sum(row[0] for row in rows)
             peak = (torch.cuda.max_memory_allocated() - held[1 - i]) / 2**30
-            arm.turns.append(Turn(rate, seconds * 1e3, tokens, peak, rows[-1][2]))
+            arm.turns.append(Turn(tokens / seconds, seconds * 1e3, tokens, peak, rows[-1][2]))
             print(f"  {arm.name}: {arm.turns[-1]}", flush=True)
     for arm, (net, _) in zip(arms, built, strict=True):
         check_alive(arm.name, net)

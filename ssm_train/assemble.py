@@ -193,7 +193,12 @@ def select_kernels(cfg: RunConfig) -> KernelChoice:
 
 def load_examples(cfg: RunConfig, tokenizer: Any, split: str) -> TokenizedDataset:
     """The examples of train, val or test: of the last two the first `max_eval_examples`, with
-    `debug` a few of each."""
+    `debug` a few of each. Raises InputError where there is no tokenizer."""
+    if tokenizer is None:
+        raise InputError(
+            "a new model has no tokenizer of its own: set tokenizer to a directory, a hub id, or "
+            "{type: word, vocab_size: 5000}, which is built from the training data"
+        )
     limits = [DEBUG_EXAMPLES[split]] if cfg.debug else []
     if split != "train" and cfg.max_eval_examples is not None:
         limits.append(cfg.max_eval_examples)

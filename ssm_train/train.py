@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -149,9 +150,13 @@ def get_ready(
     with tell_compiling(device, say_line):
         if method and not found:
             method.calibrate(prepared, ready.examples(), ready.token_losses)
+        began = time.perf_counter()
         ready.prove_alive()
+        proven = "every trained tensor is alive"
         if cfg.packing and cfg.packing_check:
             ready.prove_isolated()
+            proven += " and packed documents are apart"
+        ready.notes.append(f"{proven}, checked in {time.perf_counter() - began:.1f} s")
     autocast = partial(distributed.autocast, cfg.prec, device)
     ready.evaluations = {
         split: build_evaluation(cfg, subject.adapter, data[split], subject.prepared, autocast)
