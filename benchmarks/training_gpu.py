@@ -3,7 +3,8 @@
     python benchmarks/training_gpu.py gla gla-tuned gla-small --out training.json
 
 Each case has two arms that take turns in one process; a rate is the real tokens of a step over the
-median step, and a cell the median over the turns. Every adapter of both arms must have moved at the end, else the case fails.
+median step, and a cell the median over the turns. Every adapter of both arms must have moved at the
+end, else the case fails.
 The peers' kernels use the same stored choices as ours, so that nothing is tuned while timed.
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -84,6 +86,19 @@ EXPECTED = {
 }
 
 
+def _type_words(annotation: Any) -> Iterator[str]:
+    """The types of a union, and the values of a literal, one by one."""
+    if get_origin(annotation) is Literal:
+        yield from (repr(option) for option in get_args(annotation))
+    elif get_origin(annotation) in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _type_words(part)
+    elif isinstance(annotation, type) and not get_args(annotation):
+        yield EXPECTED[annotation.__name__]
+    else:
+        yield EXPECTED[str(annotation).replace("typing.", "")]
+
+
 def expected(field: FieldInfo) -> str:
     """In words what a field takes: its type, its bounds, and null when allowed."""
     bounds = []
@@ -98,13 +113,7 @@ def expected(field: FieldInfo) -> str:
                 bounds.append(f"{words} {limit:g}")
         if getattr(rule, "pattern", None):
             return " ".join(str(field.description).split())
-    annotation = field.annotation
-    options = getattr(annotation, "__args__", None)
-    shown = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    if shown.startswith("typing.Literal"):
-        return " or ".join(repr(option) for option in options or ())
-    parts = [part.strip() for part in shown.replace("typing.", "").split("|")]
-    words_ = [EXPECTED[part] for part in parts]
+    words_ = list(_type_words(field.annotation))
     if bounds:
         words_[0] += f", {' and '.join(bounds)}"
     return (", or " if bounds else " or ").join(words_)

@@ -66,7 +66,7 @@ class Ready:
         """Whether to record them. Raises InputError where they are asked for and cannot be."""
         cfg = self.cfg
         reason = graphs.obstacle(
-            self.accelerator.device, cfg.packing, cfg.prec, cfg.gradient_checkpointing,
+            self.accelerator.device, cfg.packing, cfg.prec, bool(cfg.gradient_checkpointing),
             distributed.world_size(),
         )  # fmt: skip
         if cfg.cuda_graphs and reason:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssm_train.settings import Settings
 
 KernelChoice = Literal["auto", "triton", "reference"]
+Recompute = bool | Literal["mixer", "mlp"]
 
 GLA_NAMES = r"\b(attn|mlp|[qkvog]_proj|gk_proj|GLA_\w+)\b"
 """What only PEFT configs of GLA name: its modules, its methods."""
@@ -57,8 +58,8 @@ class ModelSettings(Settings):
     """Implementation of the mixers' operations."""
     backend: str = "cuda"
     """Kept for old configs: another name than "cuda" means `kernels: reference`."""
-    gradient_checkpointing: bool = False
-    """Recompute the layers in the backward pass to save memory."""
+    gradient_checkpointing: Recompute = False
+    """Recompute the layers in the backward pass to save memory; mixer or mlp: only these parts."""
     logits_to_keep: int | None = Field(default=None, ge=0)
     """Kept for old configs: logits are only ever computed at supervised positions."""
 
@@ -78,7 +79,7 @@ class ModelSpec:
     dtype: torch.dtype = torch.float32
     """How frozen weights are stored; Traits.keep_fp32 stays fp32."""
     kernels: KernelChoice = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Recompute = False
     device: str = "cpu"
     init_context: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Wraps loading, so that sharded loading (ZeRO-3, meta device) has its place."""

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssm_train.adapters import loading, ssd_triton
 from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Traits
+from ssm_train.errors import InputError
 from ssm_train.kernels.causal_conv1d import causal_conv1d
 from ssm_train.loss import sum_cross_entropy, sum_linear_cross_entropy
 
@@ -146,6 +149,41 @@ def cast_storage(model: nn.Module, dtype: torch.dtype, keep_fp32: tuple[str, ...
         parameter.data = parameter.data.to(torch.float32 if matches(name, keep_fp32) else dtype)
 
 
+class Part:
+    """A mixer or an MLP, which may be recomputed in the backward pass without its whole layer."""
+
+    part: str
+    recompute = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        forward: Any = cls.__dict__.get("forward")
+        if forward is None or hasattr(forward, "__wrapped__"):
+            return
+
+        @wraps(forward)
+        def forward_or_recompute(self: Any, *args: Any, **options: Any) -> Any:
+            if self.recompute and self.training and torch.is_grad_enabled():
+                return checkpoint(forward, self, *args, use_reentrant=False, **options)
+            return forward(self, *args, **options)
+
+        cls.forward = forward_or_recompute  # type: ignore[attr-defined]
+
+
+def recompute_parts(model: nn.Module, part: str) -> None:
+    """Recomputes each "mixer" or each "mlp" in the backward pass. Raises InputError where the model
+    has none."""
+    parts = [module for module in model.modules() if isinstance(module, Part)]
+    chosen = [module for module in parts if module.part == part]
+    if not chosen:
+        raise InputError(
+            f"gradient_checkpointing: {part}: this model has no part of that kind; use "
+            f"{' or '.join(sorted({module.part for module in parts} | {'true'}))}"
+        )
+    for module in chosen:
+        module.recompute = True
+
+
 def enable_gradient_checkpointing(model: Any) -> None:
     """Recomputes each layer in the backward pass. Non-reentrant: frozen inputs need no gradient."""
     with warnings.catch_warnings():  # the new name is not in the oldest transformers that we take
@@ -172,7 +210,9 @@ def finish(model: Any, spec: ModelSpec, tokenizer: Any, traits: Traits) -> nn.Mo
     """The last steps of every `prepare`: special ids, storage dtypes, checkpointing, device."""
     loading.align_tokenizer(model, tokenizer, spec.model or "new_model")
     cast_storage(model, spec.dtype, traits.keep_fp32)
-    if spec.gradient_checkpointing:
+    if isinstance(spec.gradient_checkpointing, str):
+        recompute_parts(model, spec.gradient_checkpointing)
+    elif spec.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model.to(spec.device)
 

@@ -114,7 +114,8 @@ class ShortConvolution(FlaShortConvolution):
         return y, None if window is None else F.pad(window, (1, 0))
 
 
-class GatedMLP(FlaGatedMLP):
+class GatedMLP(common.Part, FlaGatedMLP):  # type: ignore[misc]
+    part = "mlp"
     kernels: KernelChoice = "auto"
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
@@ -123,7 +124,8 @@ class GatedMLP(FlaGatedMLP):
         return self.down_proj(swiglu(gate, up) if uses_triton(self, x) else F.silu(gate) * up)
 
 
-class GatedLinearAttention(fla_layer.GatedLinearAttention):
+class GatedLinearAttention(common.Part, fla_layer.GatedLinearAttention):  # type: ignore[misc]
+    part = "mixer"
     kernels: KernelChoice = "auto"
     dtype_checked = False
     sites = ("forgotten",)

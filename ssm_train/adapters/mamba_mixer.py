@@ -20,8 +20,10 @@ from ssm_train.kernels.selective_scan import selective_scan
 from ssm_train.kernels.ssd import ssd
 
 
-class CachedMixer:
+class CachedMixer(common.Part):
     """What the two mixers share: the dtype check, padding, the convolution and the cache."""
+
+    part = "mixer"
 
     fp32_names: tuple[str, ...]
     sites: tuple[str, ...]

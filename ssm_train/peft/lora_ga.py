@@ -165,7 +165,10 @@ def _only_requiring(model: nn.Module, weights: Collection[nn.Parameter]) -> Iter
         for weight in weights:
             weight.requires_grad_(True)
         for module in modes:
-            module.training = getattr(module, "gradient_checkpointing", False)
+            recomputes = (
+                getattr(module, n, False) for n in ("gradient_checkpointing", "recompute")
+            )
+            module.training = any(recomputes)
         yield
     finally:
         for parameter, requires_grad in required.items():
