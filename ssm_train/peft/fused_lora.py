@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft.tuners.lora import Linear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ssm_train.adapters.common import (
@@ -16,7 +18,7 @@ from ssm_train.adapters.common import (
     has_hooks,
     is_plain_linear,
 )
-from ssm_train.kernels.lora_linear import LoraLinear, lora_linears
+from ssm_train.kernels.lora_linear import LoraLinear, lora_linears, row_norms
 
 
 class FusedLoraLinear(Linear):
@@ -34,7 +36,10 @@ class FusedLoraLinear(Linear):
         own = [layer._lora_linear() for layer in layers]
         dropout = layers[0]._dropout()
         outputs = lora_linears(x, own, dropout=dropout, dtype=compute_dtype(x))
-        return [layer._finish(y) for layer, y in zip(layers, outputs, strict=True)]
+        return [
+            layer._finish(y, weights)
+            for layer, y, weights in zip(layers, outputs, own, strict=True)
+        ]
 
     def joins(self, other: nn.Module, x: Tensor) -> bool:
         """Whether both layers, of the same input, can be one operation."""
@@ -50,19 +55,23 @@ class FusedLoraLinear(Linear):
         adapter = self._adapter()
         if adapter is None or not is_plain_linear(self.base_layer):
             return False
-        inside = (self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter])
-        if any(has_hooks(module) for module in inside):
+        parts = (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector)
+        if any(has_hooks(part[adapter]) for part in parts if adapter in part):
             return False
         factor: Any = self.lora_A[adapter].weight
         return autocasts(x) or x.dtype == self.base_layer.weight.dtype == factor.dtype
 
     def _adapter(self) -> str | None:
-        """The one plain LoRA adapter that counts now; None where it is another case."""
+        """The one adapter that counts now, if it is plain LoRA or DoRA; None: another case. PEFT's
+        DoRA with dropout is no function of the outputs of both."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name: str = self.active_adapters[0]
-        plain = name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name]
-        return name if plain else None
+        if name not in self.lora_A or self.lora_bias[name]:
+            return None
+        variant = self.lora_variant.get(name)
+        dora = isinstance(variant, DoraLinearVariant) and not self._dropout()
+        return name if variant is None or dora else None
 
     def _dropout(self) -> float:
         dropout = self.lora_dropout[self.active_adapters[0]]
@@ -75,12 +84,39 @@ class FusedLoraLinear(Linear):
         B: Any = self.lora_B[name]
         return LoraLinear(
             base.weight,
-            None if type(base) is Fp32BiasLinear else base.bias,
+            None if self._adds_bias_later else base.bias,
             A.weight,
             B.weight,
             self.scaling[name],
         )
 
-    def _finish(self, y: Tensor) -> Tensor:
-        base = self.base_layer
-        return base.add_bias(y) if isinstance(base, Fp32BiasLinear) else y
+    @property
+    def _has_magnitudes(self) -> bool:
+        return self.active_adapters[0] in self.lora_magnitude_vector
+
+    @property
+    def _adds_bias_later(self) -> bool:
+        return type(self.base_layer) is Fp32BiasLinear or self._has_magnitudes
+
+    def _finish(self, y: Tensor, layer: LoraLinear) -> Tensor:
+        """What comes after base and LoRA: DoRA's magnitudes, and a bias that waited for them."""
+        base: Any = self.base_layer
+        dtype = y.dtype
+        if self._has_magnitudes:
+            magnitude: Any = self.lora_magnitude_vector[self.active_adapters[0]]
+            y = y * (magnitude.weight / row_norms(layer, self._squares()))  # in fp32
+        if isinstance(base, Fp32BiasLinear):
+            return base.add_bias(y)
+        if self._adds_bias_later and base.bias is not None:
+            y = y + base.bias
+        return y.to(dtype)
+
+    def _squares(self) -> Tensor:
+        """Square norms of the rows of the base weight, computed again where it has changed."""
+        weight: Any = self.base_layer.weight
+        state = weight.data_ptr(), weight._version
+        if getattr(self, "_squares_of", None) != state:
+            with torch.no_grad():
+                self._squares_found = weight.float().square().sum(1)
+            self._squares_of = state
+        return self._squares_found

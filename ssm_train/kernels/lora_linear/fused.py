@@ -103,3 +103,19 @@ def stack(As: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> T
     if len(set(scalings)) == 1:
         return (torch.cat(list(As)) * scalings[0]).to(dtype)
     return torch.cat([A * scaling for A, scaling in zip(As, scalings, strict=True)]).to(dtype)
+
+
+@torch.no_grad()
+def row_norms(layer: LoraLinear, squares: Tensor) -> Tensor:
+    """`reference.row_norms` without the matrix, in fp32 or more: `squares` [out] are the square
+    norms of the rows of the weight, which a frozen one has once and for all."""
+    weight, A, B, s = (
+        layer.weight,
+        layer.A.to(squares.dtype),
+        layer.B.to(squares.dtype),
+        layer.scaling,
+    )
+    with torch.autocast(weight.device.type, enabled=False):
+        along = (weight @ A.mT.to(weight.dtype)).to(squares.dtype)  # [out, r]
+        total = squares + 2 * s * (along * B).sum(1) + s**2 * ((B @ (A @ A.mT)) * B).sum(1)
+    return total.clamp_min(0).sqrt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,3 +30,9 @@ def lora_linears(
         + layer.scaling * F.linear(F.linear(a_input, layer.A), layer.B)
         for layer in layers
     )
+
+
+def row_norms(layer: LoraLinear) -> Tensor:
+    """Norms of the rows of weight + scaling B A, [out]: what DoRA divides by (arXiv 2402.09353,
+    equation 5)."""
+    return torch.linalg.vector_norm(layer.weight + layer.scaling * layer.B @ layer.A, dim=1)
