@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--recompute", choices=("mixer", "mlp", "all"), help="to save memory")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=int, default=0, help="list this many kernels of a step")
     arguments = parser.parse_args()
@@ -131,7 +132,13 @@ def main() -> None:
     accelerator = distributed.build_accelerator("bf16", "auto")
     distributed.seed_everything(0)
     config = MODELS[arguments.model] | SPECIAL
-    spec = ModelSpec(new_model=config, dtype=torch.bfloat16, device=str(accelerator.device))
+    recompute = True if arguments.recompute == "all" else arguments.recompute or False
+    spec = ModelSpec(
+        new_model=config,
+        dtype=torch.bfloat16,
+        device=str(accelerator.device),
+        gradient_checkpointing=recompute,
+    )
     adapter, _ = registry.resolve(spec)
     prepared = adapter.prepare(spec)
     peft = load_peft({"peft_type": "LORA", "r": arguments.rank, "lora_alpha": arguments.rank})

@@ -174,6 +174,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="files without their ends (default: report in the first DIR)"
     )
 
+    plan_ = add(
+        "plan",
+        plan,
+        "Count the GPU memory of a run before it starts: weights, optimizer, activations, logits,\n"
+        "and the largest batch that fits. Needs no GPU, no weights and no data.",
+        "ssm-train plan --cfg cfg/warmup/gla_1.3b_packed.yaml --gib 24",
+    )
+    plan_.add_argument(
+        "--cfg", type=Path, required=True, metavar="FILE", help="run config (.yaml or .json)"
+    )
+    plan_.add_argument(
+        "--gib", type=float, help="memory of the GPU (default: that of the one here, else 79.2)"
+    )
+
     warmup_ = add(
         "warmup",
         warmup,
@@ -346,6 +360,19 @@ def report(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or arguments.directories[0] / "report"
     print(report_runs(find_runs(arguments.directories), out))
+    return DONE
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from ssm_train.config import load_config
+
+    cfg, _ = load_config(arguments.cfg, {}, os.environ)
+
+    from ssm_train.plan import GIB, describe, make_plan, memory_of_gpu
+
+    memory = memory_of_gpu() if arguments.gib is None else arguments.gib * GIB
+    for line in describe(make_plan(cfg), memory, cfg):
+        print(line)
     return DONE
 
 

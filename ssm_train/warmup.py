@@ -3,28 +3,22 @@ measures. The model has random weights and few layers, as neither changes what i
 
 from __future__ import annotations
 
-import inspect
 import multiprocessing
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from ssm_train import distributed
-from ssm_train.adapters import loading, registry
+from ssm_train.adapters import registry
 from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, Prepared
-from ssm_train.adapters.mamba_checkpoint import is_original, map_config
 from ssm_train.assemble import STORAGE, say_line, select_kernels
-from ssm_train.bases import base_run, load_base_config
 from ssm_train.config import RunConfig
 from ssm_train.data.batches import collate, pack
 from ssm_train.data.tasks.corpus import CorpusTask
@@ -32,10 +26,10 @@ from ssm_train.data.tasks.random_tokens import prompt_length
 from ssm_train.data.tokens import Chunk, TokenizedDataset
 from ssm_train.errors import InputError
 from ssm_train.peft.spec import load_peft
+from ssm_train.shape import model_shape
 
 LAYERS = 2
 LENGTH = 512  # tokens of a document, where the run has no max_length
-VOCABULARY = 32_000  # where the model's is not known before its tokenizer is
 MOST_PROCESSES = 16
 PROCESS_GIB = 5  # of GPU memory, for 16,384 tokens of a layer of 2,048 channels
 
@@ -105,29 +99,11 @@ def compile_part(cfg: RunConfig, index: int, count: int) -> None:
 
 def shape_of(cfg: RunConfig) -> RunConfig:
     """The run with a new model in place of a checkpoint: of its sizes, with few layers."""
-    values = {"vocab_size": VOCABULARY, **(cfg.new_model or checkpoint_shape(cfg))}
+    values = model_shape(cfg)
     peft = load_peft(cfg.peft, cfg.peft_overrides.given())
     if not (peft and re.search(r"layers\W+\d", str(peft.dump()))):  # else it names single layers
         values["num_hidden_layers"] = LAYERS
     return cfg.model_copy(update={"model": None, "new_model": values})
-
-
-def checkpoint_shape(cfg: RunConfig) -> Mapping[str, Any]:
-    """A checkpoint's configuration as `new_model` takes it."""
-    assert cfg.model is not None
-    if base_run(cfg) is not None:
-        base, _ = load_base_config(cfg.model)
-        return base.new_model or checkpoint_shape(base)
-    values = loading.read_config(cfg.model, cfg.revision)
-    spec = ModelSpec(model=cfg.model, adapter=cfg.adapter, revision=cfg.revision)
-    adapter, _ = registry.resolve(spec)  # with it, transformers knows GLA
-    if is_original(values):
-        config = map_config(values)
-    else:  # fla puts a Mamba of its own under transformers' name
-        config_class = getattr(adapter, "config_class", AutoConfig)
-        config = config_class.from_pretrained(cfg.model, revision=cfg.revision)
-    known = {"model_type", *inspect.signature(type(config)).parameters}
-    return {key: getattr(config, key) for key in known.intersection(config.to_diff_dict())}
 
 
 def run_step(cfg: RunConfig, device: torch.device, tuning: AbstractContextManager[None]) -> None:

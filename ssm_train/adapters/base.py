@@ -138,6 +138,18 @@ class LossSum:
     num_targets: int
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a layer keeps for each token from the forward to the backward pass, on a GPU. An
+    adapter that `ssm-train plan` knows has `kept(config, size)`: its transformers configuration,
+    and the bytes of a number in the run's precision."""
+
+    layer: float
+    """Outside of its parts."""
+    mixer: float
+    mlp: float = 0.0
+
+
 class ModelAdapter(Protocol):
     """One model family. Knows nothing of training."""
 

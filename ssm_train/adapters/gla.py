@@ -24,8 +24,16 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssm_train.adapters import common, loading
-from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
-from ssm_train.adapters.gla_triton import Chunks, find_chunks, packed_gla
+from ssm_train.adapters.base import (
+    Batch,
+    Kept,
+    KernelChoice,
+    LossSum,
+    ModelSpec,
+    Prepared,
+    Traits,
+)
+from ssm_train.adapters.gla_triton import CHUNK, Chunks, find_chunks, packed_gla
 from ssm_train.errors import InputError
 from ssm_train.kernels import implementation
 from ssm_train.kernels.causal_conv1d import causal_conv1d
@@ -367,6 +375,21 @@ class GlaAdapter:
         model = common.finish(model, spec, tokenizer, self.traits)
         notes = common.choose_stored(kernels, spec.device)
         return Prepared(model, tokenizer, self.traits, kernels, notes)
+
+    def kept(self, config: Any, size: int) -> Kept:
+        """See `adapters.base.Kept`."""
+        hidden, inner = config.hidden_size, config.intermediate_size
+        if inner is None:  # as fla's GatedMLP chooses it
+            inner = 256 * -(-int(hidden * config.hidden_ratio * 2 / 3) // 256)
+        keys, values = int(hidden * config.expand_k), int(hidden * config.expand_v)
+        rows = 2 * keys + values  # q, k, v
+        copies = 1 + bool(config.use_short_conv) + bool(config.feature_map)
+        fp32 = 4 * (2 * keys + CHUNK * config.num_heads)  # gate before and after, products of q, k
+        return Kept(
+            layer=size * 2 * hidden,  # what both norms read
+            mixer=size * (hidden + copies * rows + 3 * values) + fp32,  # gate, o, what o_proj reads
+            mlp=size * (hidden + 3 * inner),
+        )
 
     def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
         return common.token_losses(model, batch)

@@ -14,7 +14,15 @@ from transformers.models.mamba import modeling_mamba as stock1
 from transformers.models.mamba2 import modeling_mamba2 as stock2
 
 from ssm_train.adapters import common, loading, mamba_checkpoint, ssd_triton
-from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
+from ssm_train.adapters.base import (
+    Batch,
+    Kept,
+    KernelChoice,
+    LossSum,
+    ModelSpec,
+    Prepared,
+    Traits,
+)
 from ssm_train.adapters.mamba_mixer import (
     CachedMixer,
     GatedRMSNorm,
@@ -252,6 +260,18 @@ class MambaAdapter:
         model = common.finish(model, spec, tokenizer, self.traits)
         notes = common.choose_stored(kernels, spec.device)
         return Prepared(model, tokenizer, self.traits, kernels, notes)
+
+    def kept(self, config: Any, size: int) -> Kept:
+        """See `adapters.base.Kept`. The scan keeps two states for a chunk of 128 steps."""
+        hidden, inner, states = config.hidden_size, config.intermediate_size, config.state_size
+        if self.name == "mamba2":
+            groups = 2 * config.n_groups * states  # B and C
+            rows = 4 * inner + 2 * groups + config.num_heads  # in_proj, convolution, y, its norm
+            fp32 = 4 * 2 * config.num_heads  # step sizes before and after the softplus
+        else:
+            rows = 4 * inner + config.time_step_rank + 2 * states  # in_proj, convolution, y, x_proj
+            fp32 = 4 * (inner + 2 * states * inner / 128)  # step sizes, states
+        return Kept(layer=size * hidden, mixer=size * (hidden + rows) + fp32)
 
     def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
         return common.token_losses(model, batch)

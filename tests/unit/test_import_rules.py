@@ -30,7 +30,8 @@ PARTS_OF_ADAPTERS = {"ssm_train.adapters.gla_triton"}
 COMPOSITION = tuple(
     f"ssm_train.{name}"
     for name in (
-        *("train", "fit", "bases", "assemble", "finished", "warmup", "launch.complete"),
+        *("train", "fit", "bases", "assemble", "finished", "shape", "warmup", "plan"),
+        "launch.complete",
         "mamba_peft",
     )
 )

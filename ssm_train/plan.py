@@ -1,0 +1,150 @@
+"""What a run will need of a GPU's memory, counted before it starts: no GPU is needed.
+
+Peak = weights + what is trained and its optimizer + what layers keep for a row's tokens + logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ssm_train.adapters import registry
+from ssm_train.adapters.base import Kept, ModelSpec
+from ssm_train.assemble import STORAGE
+from ssm_train.config import RunConfig
+from ssm_train.errors import InputError
+from ssm_train.loss import LOGITS_AT_ONCE
+from ssm_train.peft.spec import load_peft
+from ssm_train.shape import model_shape
+
+GIB = 2**30
+ROOM = 0.92  # of a GPU's memory: the rest is CUDA's own, and what its allocator cannot join
+LOGIT_BYTES = 4 + 4 + 2  # logits, their gradient, and that in bf16, where some rows are at once
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes. `per_token` is what all layers and the head keep for a token of a row."""
+
+    parameters: int
+    trained: int
+    weights: float
+    training: float
+    """Trained parameters again in the optimizer, and with autocast in the run's precision."""
+    gradients: float
+    per_token: float
+    recomputed: float
+    """What the layer that is computed again keeps for a token."""
+    logits: float
+    tokens: int
+
+    def peak(self, tokens: int) -> float:
+        """At the end of the forward pass, or, with all weights trained, of the backward pass."""
+        fixed = self.weights + self.training
+        kept = tokens * (self.per_token + self.recomputed) + self.logits
+        return fixed + max(kept, self.gradients)
+
+    def most_tokens(self, memory: float) -> int:
+        """Of a row, so that the peak fits into `memory`."""
+        room = memory * ROOM - self.weights - self.training - self.logits
+        return max(0, int(room / (self.per_token + self.recomputed)))
+
+
+def make_plan(cfg: RunConfig) -> Plan:
+    """Counts a run. Raises InputError for rows of unknown length and for families that it does not
+    know."""
+    peft = load_peft(cfg.peft, cfg.peft_overrides.given())
+    stored = torch.float32 if peft is None else STORAGE[cfg.prec]
+    with torch.device("meta"):
+        spec = ModelSpec(
+            new_model=model_shape(cfg), adapter=cfg.adapter, dtype=stored, device="meta"
+        )
+        adapter, _ = registry.resolve(spec)
+        prepared = adapter.prepare(spec)
+        if peft is not None:
+            try:
+                peft.make().inject(prepared)
+            except NotImplementedError:  # the start of the factors, from the weights
+                raise InputError(
+                    f"plan cannot count {peft.peft_type} without weights; give it "
+                    "init_lora_weights: true, which needs the same memory"
+                ) from None
+    if not hasattr(adapter, "kept"):
+        raise InputError(f"plan does not know what layers of {adapter.name} keep")
+    config: Any = prepared.model.config
+    size = STORAGE[cfg.prec].itemsize
+    kept: Kept = adapter.kept(config, size)
+    per_token, recomputed = count_kept(kept, config, size, cfg.gradient_checkpointing)
+    trained = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
+    tokens = tokens_of_row(cfg)
+    copies = size if size < 4 and peft is None else 0  # what autocast keeps of trained weights
+    return Plan(
+        parameters=sum(p.numel() for p in prepared.model.parameters()),
+        trained=trained,
+        weights=sum(p.numel() * p.element_size() for p in prepared.model.parameters()),
+        training=trained * (8 + copies),
+        gradients=trained * 4,
+        per_token=per_token + size * 3 * config.hidden_size,  # embedding, and around the last norm
+        recomputed=recomputed,
+        logits=LOGIT_BYTES * min(LOGITS_AT_ONCE, tokens * config.vocab_size),
+        tokens=tokens,
+    )
+
+
+def count_kept(kept: Kept, config: Any, size: int, recompute: bool | str) -> tuple[float, float]:
+    """Bytes for a token in all layers, and in the part that is computed again at a time."""
+    one = size * config.hidden_size  # what enters a part that is computed again
+    whole = kept.layer + kept.mixer + kept.mlp
+    left, again = whole, 0.0
+    if recompute is True:
+        left, again = one, whole
+    elif recompute == "mixer":
+        left, again = whole - kept.mixer + one, kept.mixer
+    elif recompute == "mlp":
+        left, again = whole - kept.mlp + one, kept.mlp
+    return config.num_hidden_layers * left, again
+
+
+def tokens_of_row(cfg: RunConfig) -> int:
+    """Of a micro-batch, padding included."""
+    if cfg.packing:
+        return cfg.tokens_per_batch
+    if cfg.max_length is None:
+        raise InputError("plan needs max_length, or packing: true: else rows have no known length")
+    return cfg.batch_size * cfg.max_length
+
+
+def describe(plan: Plan, memory: float, cfg: RunConfig) -> Iterator[str]:
+    """The lines of `ssm-train plan`; `memory`: bytes of the GPU."""
+    share = plan.trained / plan.parameters
+    yield f"parameters   {plan.parameters:,}, of which {plan.trained:,} are trained ({share:.2%})"
+    yield f"weights      {gib(plan.weights)}"
+    yield f"optimizer    {gib(plan.training)}, gradients {gib(plan.gradients)}"
+    each = plan.per_token + plan.recomputed
+    yield (
+        f"activations  {gib(plan.tokens * each)}: {plan.tokens:,} tokens, "
+        f"{each / 2**20:.2f} MiB each"
+    )
+    yield f"logits       {gib(plan.logits)}"
+    yield f"peak         {gib(plan.peak(plan.tokens))} of {gib(memory)}"
+    most = plan.most_tokens(memory)
+    if most < 1:
+        yield "nothing fits: the weights and what is trained need more than that"
+    elif cfg.packing:
+        yield f"largest      tokens_per_batch {most:,}"
+    else:
+        yield f"largest      batch_size {most // (cfg.max_length or 1):,}"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def memory_of_gpu() -> float:
+    """Bytes of the GPU here; without one, of an H100."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return 79.2 * GIB
