@@ -22,7 +22,7 @@ from ssm_train.kernels.causal_conv1d import reference, triton
 def convolve(kernel_device, monkeypatch):
     """The kernel where it runs. Interpreted, a program has 4 steps and 4 channels."""
     if kernel_device == "cpu":
-        monkeypatch.setattr(triton, "STEPS", 4)
+        monkeypatch.setattr(triton, "CHUNKS", (4, 4))
         monkeypatch.setattr(triton, "CHANNELS", 4)
 
     def run(**inputs):
