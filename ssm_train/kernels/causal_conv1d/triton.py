@@ -1,5 +1,6 @@
-"""Causal depthwise convolution in Triton. Programs walk along time with the last inputs in registers;
-outputs are computed again in the backward pass, so that only x is kept. Nothing is tuned at run time.
+"""Causal depthwise convolution in Triton. Programs walk along time, the last inputs in registers;
+outputs are computed again in the backward pass, so that only x is kept. Nothing is tuned while
+it runs.
 """
 
 from __future__ import annotations
@@ -136,9 +137,9 @@ def sizes_of(weight: Tensor, silu: bool) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- kernels
 #
-# A program has some channels [D] of a chunk of a row and takes GROUP steps after the other, with the
-# last inputs in registers. `first` is the row's first step, counted over the batch; `t` is a step of
-# the row. Most groups are within one document: only others are CHECKED, at each tap. A mask takes a
+# A program has some channels [D] of a chunk of a row and takes GROUP steps after the other, with
+# the last inputs in registers. `first` is the row's first step, counted over the batch; `t` is a
+# step of the row. Most groups are within one document: only others are CHECKED, at each tap. A mask takes a
 # scalar condition as a bound, for which Triton's interpreter has the right type.
 
 
@@ -184,10 +185,12 @@ def _load_before(x, stride, first, begin, d, channels, WIDTH: tl.constexpr):
 @triton.jit
 def _load_group(x, stride, first, t, d, steps, channels, GROUP: tl.constexpr):
     """As stored; 0 after the row."""
+    at = x + (first + t) * stride
+    left = steps - t
     rows = ()
     for k in tl.static_range(GROUP):
-        mask = d < _only_if(t + k < steps, channels)
-        rows += (tl.load(x + (first + t + k) * stride + d, mask=mask, other=0.0),)
+        mask = d < _only_if(left > k, channels)
+        rows += (tl.load(at + (k * stride + d), mask=mask, other=0.0),)
     return rows
 
 
@@ -219,23 +222,28 @@ def _sum_taps(history, x, taps, shift, t, start, WIDTH: tl.constexpr, CHECKED: t
 
 
 @triton.jit
+def _exp_minus(x):
+    """exp(-x), to which 1 is added: results below 2**-126, of which exp takes care, are 0."""
+    return tl.exp2(x * -1.4426950408889634)
+
+
+@triton.jit
 def _store_outputs(
     y, history, rows, taps, shift, starts, first, t, d, steps, channels,
     WIDTH: tl.constexpr, SILU: tl.constexpr, GROUP: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a group; the next history."""
+    at = y + (first + t) * channels
     for k in tl.static_range(GROUP):
         start = 0
         bound = channels
         if CHECKED:
             start = _find_start(starts, t + k, steps)
             bound = _only_if(t + k < steps, channels)
-        total, _, history = _sum_taps(
-            history, rows[k], taps, shift, t + k, start, WIDTH, CHECKED
-        )
+        total, _, history = _sum_taps(history, rows[k], taps, shift, t + k, start, WIDTH, CHECKED)
         if SILU:
-            total = total / (1 + tl.exp(-total))
-        tl.store(y + (first + t + k) * channels + d, total, mask=d < bound)
+            total = total / (1 + _exp_minus(total))
+        tl.store(at + (k * channels + d), total, mask=d < bound)
     return history
 
 
@@ -275,6 +283,7 @@ def _store_gradients(
 ):  # fmt: skip
     """Gradients of the inputs whose last output is in this group. `open_sums` are those of the
     inputs in `history`; `sums`, of the taps and the bias, go on."""
+    at = grad_x + (first + t - (WIDTH - 1)) * channels  # whose last output is at t
     for k in tl.static_range(GROUP):
         start = 0
         bound = channels
@@ -287,7 +296,7 @@ def _store_gradients(
         )
         gradient = grad_rows[k].to(tl.float32)
         if SILU:
-            s = 1 / (1 + tl.exp(-total))
+            s = 1 / (1 + _exp_minus(total))
             gradient *= s * (1 + total * (1 - s))
         further = ()
         further_sums = ()
@@ -298,7 +307,7 @@ def _store_gradients(
             if j < WIDTH - 1:
                 part += open_sums[j]
             if j == 0:
-                tl.store(grad_x + (first + own) * channels + d, part, mask=d < bound)
+                tl.store(at + (k * channels + d), part, mask=d < bound)
             else:
                 further += (part,)
             further_sums += (sums[j] + gradient * inputs[j],)
