@@ -6,6 +6,9 @@ Shapes are those of Mamba 130M (d 1536) and 1.4B (d 4096), n 16, bf16. The peer 
 scan, on [B, d, T] as it wants them, without the transposes that lead there. Packed rows: documents
 of lognormal lengths in one row; the peer has them padded to the longest of 16, or in one row with a
 separator of its own (input 0, a huge step) between two.
+
+`--op causal_conv1d`: the convolution (W 4, SiLU) beside fla's in Triton, for a row of one document
+and of many, with a frozen filter and a trained one (fla's computes a frozen one's gradient too).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ssm_train.checkpoint import write_atomically
+from ssm_train.kernels.causal_conv1d.triton import causal_conv1d
 from ssm_train.kernels.selective_scan.triton import selective_scan
 from ssm_train.record import describe_environment
 
@@ -74,6 +78,31 @@ def theirs(rows: int, length: int, channels: int) -> Any:
     return forward, with_backward(forward, (u, dt, A, B, C, D, z))
 
 
+def convolutions(packed: bool, frozen: bool) -> tuple[str, Any, Any]:
+    """A case's name, ours, and fla's."""
+    from fla.modules.causal_conv1d import causal_conv1d as fla_conv1d
+
+    tokens, channels = PACKED
+    lengths = draw_lengths(tokens) if packed else [tokens]
+    offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0) if packed else None
+    x, weight, bias = draw(1, tokens, channels), draw(channels, 4), draw(channels)
+    if frozen:
+        weight, bias = weight.detach(), bias.detach()
+    inputs = (x,) if frozen else (x, weight, bias)
+    options = {"activation": "silu", "cu_seqlens": offsets}
+
+    def mine() -> Tensor:
+        return causal_conv1d(x, weight, bias, **options)[0]
+
+    def peer() -> Tensor:
+        return fla_conv1d(x, weight, bias, backend="triton", **options)[0]
+
+    torch.testing.assert_close(mine(), peer(), rtol=2**-6, atol=2**-6)
+    name = f"{len(lengths)} documents, {tokens} tokens, d {channels}"
+    name += ": frozen filter" if frozen else ": trained filter"
+    return name, (mine, with_backward(mine, inputs)), (peer, with_backward(peer, inputs))
+
+
 def with_backward(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
     gradient = torch.randn_like(forward())
     return lambda: torch.autograd.grad(forward(), inputs, gradient)
@@ -104,10 +133,7 @@ def draw_lengths(tokens: int, mean: float = 200.0, sigma: float = 0.8) -> list[i
     return lengths
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+def scans() -> list[dict[str, Any]]:
     rows = [
         compare(f"{rows} x {length}, d {channels}", ours(rows, length, channels),
                 theirs(rows, length, channels))
@@ -126,6 +152,25 @@ def main() -> None:
     rows.append(
         compare(f"{name}: padded, 16 a batch", mine, theirs(len(lengths), longest, channels))
     )
+    return rows
+
+
+OPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "selective_scan": scans,
+    "causal_conv1d": lambda: [
+        compare(*convolutions(packed, frozen))
+        for packed in (False, True)
+        for frozen in (True, False)
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--op", choices=OPS, help="only this one")
+    arguments = parser.parse_args()
+    rows = [row for op in ([arguments.op] if arguments.op else OPS) for row in OPS[op]()]
     result = {"environment": describe_environment(), "rows": rows}
     write_atomically(arguments.out, json.dumps(result, indent=1))
 

@@ -20,10 +20,11 @@ from ssm_train.kernels.causal_conv1d import reference, triton
 
 @pytest.fixture
 def convolve(kernel_device, monkeypatch):
-    """The kernel where it runs. Interpreted, a program has 4 steps and 4 channels."""
+    """The kernel where it runs. Interpreted, a program has 8 steps, two groups, and 8 channels; on
+    a GPU, with so few of them, 16 steps."""
     if kernel_device == "cpu":
-        monkeypatch.setattr(triton, "STEPS", 4)
-        monkeypatch.setattr(triton, "CHANNELS", 4)
+        monkeypatch.setattr(triton, "CHUNKS", (8, 8))
+        monkeypatch.setattr(triton, "CHANNELS", 8)
 
     def run(**inputs):
         inputs = {k: v.to(kernel_device) if torch.is_tensor(v) else v for k, v in inputs.items()}
@@ -35,7 +36,7 @@ def convolve(kernel_device, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [2, 3, 4])
-@pytest.mark.parametrize("length", [1, 2, 17, 70])
+@pytest.mark.parametrize("length", [1, 2, 17, 35])
 def test_values_and_gradients_follow_the_definition(convolve, length, width):
     inputs = make_inputs(length=length, width=width)
     assert_close(
@@ -43,8 +44,10 @@ def test_values_and_gradients_follow_the_definition(convolve, length, width):
     )
 
 
-@pytest.mark.parametrize("windows", [0, 1, 4])
-@pytest.mark.parametrize("boundary", range(1, 9))
+@pytest.mark.parametrize(
+    "boundary, windows",
+    [*((b, 0) for b in range(1, 9)), *((b, n) for b in (1, 4, 8) for n in (1, 4))],
+)
 def test_documents_are_apart(convolve, boundary, windows):
     """A boundary at every place, a document of one token behind it, and one of none; without
     windows, with one for all, with one for each."""
@@ -63,6 +66,23 @@ def test_documents_are_apart(convolve, boundary, windows):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_a_document_starts_at_every_place_of_a_chunk(convolve, kernel_device, size, width):
+    """Of odd lengths in chunks of a power of two; one of 9 has groups of its own."""
+    length = {1: 10, 3: 25, 9: 73}[size] * (1 if kernel_device == "cpu" else 2)
+    offsets = torch.tensor([*range(0, length, size), length])
+    inputs = make_inputs(rows=1, length=length, width=width)
+    del inputs["initial_window"]
+    options = {"activation": "silu", "output_final_window": False, "cu_seqlens": offsets}
+    found, expected = (
+        value_and_gradients(lambda op=op, **v: with_empty(op(**v, **options)), inputs)
+        for op in (convolve, reference.causal_conv1d)
+    )
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 def with_empty(result):
     y, window = result
     return y, torch.zeros(1, requires_grad=True) if window is None else window
@@ -74,20 +94,23 @@ def test_nothing_leaks_over_a_boundary(convolve, poison):
     del inputs["initial_window"]
     options = {"cu_seqlens": torch.tensor([0, 9, 20]), "output_final_window": False}
     y, _ = convolve(**inputs, **options)
-    first_grad = torch.autograd.grad(y[:, 9:].sum(), inputs["x"])[0][:, :9]
-    assert first_grad.abs().max() == 0
-    poisoned = dict(inputs, x=inputs["x"].detach().clone())
-    poisoned["x"][:, :9] = poison
-    assert torch.equal(convolve(**poisoned, **options)[0][:, 9:], y[:, 9:])
+    gradient = torch.autograd.grad(y[:, 9:].sum(), inputs["x"])[0]
+    assert gradient[:, :9].abs().max() == 0
+    x = inputs["x"].detach().clone()
+    x[:, :9] = poison
+    x.requires_grad_()
+    found, _ = convolve(**inputs | {"x": x}, **options)
+    assert torch.equal(found[:, 9:], y[:, 9:])
+    assert torch.equal(torch.autograd.grad(found[:, 9:].sum(), x)[0][:, 9:], gradient[:, 9:])
 
 
 def test_slices_of_a_projection_and_a_frozen_filter(convolve):
-    inputs = make_inputs(length=17)
-    wide = torch.randn(2, 17, 12, requires_grad=True)
+    inputs = make_inputs(length=17, channels=11)
+    wide = torch.randn(2, 17, 24, requires_grad=True)
     frozen = {name: inputs[name].detach() for name in ("weight", "bias")}
     results = []
     for op in (convolve, lambda **v: reference.causal_conv1d(**{"activation": "silu"} | v)):
-        y, window = op(x=wide[..., 3:8], **frozen, output_final_window=False)
+        y, window = op(x=wide[..., 3:14], **frozen, output_final_window=False)
         assert window is None
         results.append((y, torch.autograd.grad(y.square().sum(), wide)[0]))
     for got, expected in zip(*results, strict=True):
