@@ -139,8 +139,8 @@ def sizes_of(weight: Tensor, silu: bool) -> dict[str, Any]:
 #
 # A program has some channels [D] of a chunk of a row and takes GROUP steps after the other, with
 # the last inputs in registers. `first` is the row's first step, counted over the batch; `t` is a
-# step of the row. Most groups are within one document: only others are CHECKED, at each tap. A mask takes a
-# scalar condition as a bound, for which Triton's interpreter has the right type.
+# step of the row. Most groups are within one document: only others are CHECKED, at each tap. A mask
+# takes a scalar condition as a bound, for which Triton's interpreter has the right type.
 
 
 @triton.jit
