@@ -89,19 +89,13 @@ class PackedGla(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor):  # type: ignore[no-untyped-def]
         q, k, v, decay, A = ctx.saved_tensors
         do, scale, options = do.contiguous(), ctx.scale, ctx.chunks.options
-        h = states(k, v, decay, ctx.chunks, state_dtype(k))
+        h = states(k, v, decay, ctx.chunks, torch.float32)
         dh = state_gradients(q, do, decay, scale, ctx.chunks, h)
         dv = chunk_gla_bwd_dv(k, decay, A, do, dh, **options)
         dA = chunk_gla_bwd_dA(v, do, scale=scale, **options)
         dq, dk = chunk_gla_bwd_dqk_intra(q, k, decay, dA, **options)
         dq, dk, dg = chunk_gla_bwd_dqkg(q, k, v, h, decay, do, dh, dq, dk, scale=scale, **options)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, None, None
-
-
-def state_dtype(k: Tensor) -> torch.dtype:
-    """How the backward pass stores states, which are most of what it reads and writes: all but one
-    sum over them is a product in the dtype of k anyway. fp16 may not hold a scaled gradient."""
-    return torch.float32 if k.dtype == torch.float16 else k.dtype
 
 
 def states(k: Tensor, v: Tensor, decay: Tensor, chunks: Chunks, dtype: torch.dtype) -> Tensor:
