@@ -1,5 +1,5 @@
 """fla's chunked GLA over packed documents, from its own kernels but without a wait for the device:
-fla reads the number of chunks back in every layer, here a bound of it is known beforehand."""
+fla reads the number of chunks back in every layer; here a bound of it is known beforehand."""
 
 from __future__ import annotations
 
