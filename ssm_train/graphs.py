@@ -4,6 +4,7 @@ a shape. For one process; packed rows have few shapes once their lists are padde
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -44,6 +45,9 @@ class GradientGraphs:
     """`gradients` as a graph for each shape: the first batch of a shape runs as it is, the second
     one is recorded, later ones are replayed. Gradients are added to buffers that stay."""
 
+    off = False
+    """Whether a recording failed: then every batch runs as it is."""
+
     def __init__(self, gradients: Gradients, parameters: Sequence[nn.Parameter]) -> None:
         self.gradients, self.parameters = gradients, parameters
         self.recorded: dict[tuple[int, ...], Recording | None] = {}
@@ -55,15 +59,27 @@ class GradientGraphs:
         batch = pad(batch)
         assert batch.cu_seqlens is not None
         shape = batch.input_ids.numel(), batch.cu_seqlens.numel(), batch.targets.numel()
-        if shape not in self.recorded:
+        if self.off or shape not in self.recorded:
             self.recorded[shape] = None
             return self.gradients(batch, scale)
-        recording = self.recorded[shape]
+        recording = self.recorded[shape] or self._record(batch, scale)
         if recording is None:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            recording = Recording(self.gradients, batch, scale, self.pool)
-            self.recorded[shape] = recording
+            return self.gradients(batch, scale)
+        self.recorded[shape] = recording
         return recording.replay(batch, scale)
+
+    def _record(self, batch: Batch, scale: Tensor) -> Recording | None:
+        """None, and a warning, where something in the model cannot be recorded."""
+        try:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            return Recording(self.gradients, batch, scale, self.pool)
+        except RuntimeError as error:
+            self.off = True
+            reason = str(error).partition("\n")[0]
+            warnings.warn(
+                f"no CUDA graphs, kernels are launched one by one: {reason}", stacklevel=2
+            )
+            return None
 
     def _keep_buffers(self) -> None:
         for parameter in self.parameters:

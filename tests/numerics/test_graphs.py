@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ssm_train import distributed
+from ssm_train import graphs as graphs_module
 from ssm_train.adapters import registry
 from ssm_train.adapters.base import Batch, ModelSpec
 from ssm_train.data.batches import pack
@@ -123,6 +124,24 @@ def test_dropout_differs_from_replay_to_replay() -> None:
                 parameter.normal_()
     losses = {float(run.gradients(batch, torch.ones((), device="cuda"))) for _ in range(5)}
     assert len(losses) == 5
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs_module, "Recording", refuse)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    (batch,) = packed_batches(1)
+    run, _ = training("gla", "cpu", [batch], graphs=True)
+    one = torch.tensor(1.0)
+    first = run.gradients(batch, one)
+    gradients = [p.grad.clone() for p in run.parameters]
+    with pytest.warns(UserWarning, match="one by one: operation not permitted"):
+        second = run.gradients(batch, one)
+    assert run.gradients(batch, one) == first == second
+    for parameter, gradient in zip(run.parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, 3 * gradient)
 
 
 def test_obstacles_are_said() -> None:
