@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -192,7 +193,7 @@ def trainer(model: str, batch_size: int, accumulation: int, tuned: bool) -> Call
             run = Trainer(
                 model=net,
                 args=TrainingArguments(
-                    output_dir="/tmp/peer", per_device_train_batch_size=batch_size,
+                    output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch_size,
                     gradient_accumulation_steps=accumulation, max_steps=steps, bf16=True,
                     learning_rate=1e-4, lr_scheduler_type="constant", report_to=[],
                     save_strategy="no", logging_steps=1, disable_tqdm=True,
