@@ -35,8 +35,8 @@ def convolve(kernel_device, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("width", [2, 3, 4])
-@pytest.mark.parametrize("length", [1, 2, 17, 35])
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, 2, 19])
 def test_values_and_gradients_follow_the_definition(convolve, length, width):
     inputs = make_inputs(length=length, width=width)
     assert_close(
@@ -44,12 +44,10 @@ def test_values_and_gradients_follow_the_definition(convolve, length, width):
     )
 
 
-@pytest.mark.parametrize(
-    "boundary, windows",
-    [*((b, 0) for b in range(1, 9)), *((b, n) for b in (1, 4, 8) for n in (1, 4))],
-)
+@pytest.mark.parametrize("windows", [0, 1, 4])
+@pytest.mark.parametrize("boundary", [1, 4, 8])
 def test_documents_are_apart(convolve, boundary, windows):
-    """A boundary at every place, a document of one token behind it, and one of none; without
+    """Some boundary, a document of one token behind it, and one of none; without
     windows, with one for all, with one for each."""
     offsets = torch.tensor([0, boundary, boundary + 1, boundary + 1, 13], dtype=torch.int32)
     inputs = make_inputs(rows=1, length=13, documents=max(windows, 1))
@@ -120,7 +118,7 @@ def test_slices_of_a_projection_and_a_frozen_filter(convolve):
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("biased", [True, False])
 def test_bf16_is_rounded_once(convolve, activation, biased):
-    inputs = make_inputs(length=17)
+    inputs = make_inputs(rows=1, length=17)
     x = inputs["x"].detach().bfloat16().requires_grad_()
     options = {"bias": inputs["bias"] if biased else None, "activation": activation}
     found, expected = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +35,8 @@ def causal_conv1d(
     """See `reference.causal_conv1d`. It does not wait for the device."""
     assert activation in (None, "silu"), activation
     silu, before, steps = activation == "silu", weight.shape[1] - 1, x.shape[1]
+    if before == 0:  # the kernels carry one input at least from step to step
+        weight = F.pad(weight, (1, 0))
     if initial_window is None and not output_final_window:
         starts = None if cu_seqlens is None else find_starts(cu_seqlens, steps)
         return _Convolution.apply(x, weight, bias, starts, silu), None
