@@ -140,6 +140,8 @@ def get_ready(
     method, prepared = subject.method, subject.prepared
     order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)
     ready = Ready(run_dir, cfg, accelerator, subject, base, data, order, {}, found, notes)
+    if ready.cuda_graphs:
+        notes.append("forward and backward are recorded as CUDA graphs")
     if distributed.is_main():  # rank 0; now, as the next lines may compile for minutes
         for note in prepared.notes:
             say_line(note)

@@ -78,3 +78,11 @@ def test_documents_that_start_elsewhere_than_alone_stop_the_run(
     monkeypatch.setattr(mamba_mixer, "selective_scan", scan)
     with pytest.raises(InputError, match="second document of a row has other logits than alone"):
         train(write(tmp_path, "mamba", peft=LORA))
+
+
+def test_graphs_that_cannot_be_stop_the_run_before_it_writes(tmp_path: Path) -> None:
+    config = write(tmp_path, "gla", cuda_graphs=True)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="cuda_graphs: true cannot be, because the device is cpu"):
+        train(config)
+    assert not [path for path in set(tmp_path.rglob("*")) - before if path.name == "cfg.yaml"]
