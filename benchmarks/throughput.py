@@ -138,6 +138,7 @@ def main() -> None:
         dtype=torch.bfloat16,
         device=str(accelerator.device),
         gradient_checkpointing=recompute,
+        init_context=lambda: torch.device(accelerator.device),
     )
     adapter, _ = registry.resolve(spec)
     prepared = adapter.prepare(spec)
@@ -148,6 +149,7 @@ def main() -> None:
     optimizer = build_optimizer(prepared.model, settings, prepared.traits.no_decay)
     model, optimizer = accelerator.prepare(prepared.model, optimizer)
     batches = make_steps(arguments, config["vocab_size"])
+    print(f"model on {accelerator.device} after {time.perf_counter() - began:.0f} s", flush=True)
     run = Training(
         accelerator=accelerator, model=model, optimizer=optimizer,
         token_losses=adapter.token_losses, micro_batches=lambda step: [batches[step]],
@@ -164,7 +166,7 @@ def main() -> None:
         losses.append(status.loss)
         if step >= arguments.warmup:
             rates.append(status.tokens / seconds)
-        print(f"step {step} loss {status.loss:.4f} {status.tokens / seconds:,.0f} tokens/s")
+        print(f"step {step} loss {status.loss:.4f} {status.tokens / seconds:,.0f} tokens/s", flush=True)
     result = {
         "model": arguments.model,
         "rows": arguments.rows,

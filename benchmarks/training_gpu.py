@@ -84,7 +84,10 @@ def ours(
         distributed.seed_everything(0)
         config = MODELS[model] | SPECIAL
         stored = torch.float32 if full else torch.bfloat16
-        spec = ModelSpec(new_model=config, dtype=stored, device="cuda")
+        spec = ModelSpec(
+            new_model=config, dtype=stored, device="cuda",
+            init_context=lambda: torch.device("cuda"),
+        )  # fmt: skip
         adapter, _ = registry.resolve(spec)
         prepared = adapter.prepare(spec)
         if not full:
@@ -138,7 +141,8 @@ def trainer(model: str, batch_size: int, accumulation: int, tuned: bool) -> Call
         config = dict(MODELS[model] | SPECIAL)
         kind = config.pop("model_type")
         if kind == "gla":  # the fused one reads the weight of down_proj past its LoRA
-            config |= {"fuse_swiglu": False, "fuse_linear_cross_entropy": tuned}
+            config |= {"fuse_swiglu": False}
+            config |= {"fuse_linear_cross_entropy": tuned, "fuse_cross_entropy": not tuned}
         torch.manual_seed(0)
         with torch.device("cuda"):
             net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))

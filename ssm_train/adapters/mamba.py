@@ -263,10 +263,11 @@ class MambaAdapter:
 
     def kept(self, config: Any, size: int) -> Kept:
         """See `adapters.base.Kept`. The scan keeps two states for a chunk of 128 steps."""
-        hidden, inner, states = config.hidden_size, config.intermediate_size, config.state_size
+        hidden, states = config.hidden_size, config.state_size
+        inner = config.expand * hidden
         if self.name == "mamba2":
             groups = 2 * config.n_groups * states  # B and C
-            rows = 4 * inner + 2 * groups + config.num_heads  # in_proj, convolution, y, its norm
+            rows = 5 * inner + 2 * groups + config.num_heads  # in_proj, convolution, y, its norm
             fp32 = 4 * 2 * config.num_heads  # step sizes before and after the softplus
         else:
             rows = 4 * inner + config.time_step_rank + 2 * states  # in_proj, convolution, y, x_proj

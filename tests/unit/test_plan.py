@@ -46,6 +46,15 @@ def test_peaks_are_those_of_an_h100(
     assert found.peak(most) <= 80 * GIB < found.peak(int(1.2 * most))
 
 
+def test_mamba_2_is_counted(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 2}
+    found = plan(tmp_path, new_model={"model_type": "mamba2", "num_hidden_layers": 2} | sizes)
+    inner, projections = 128, 2 * 128 + 2 * 16 + 8
+    rows = projections + (inner + 2 * 16) + inner + inner  # in_proj, convolution, y and its norm
+    kept = 2 * 64 + 2 * (64 + rows) + 8 * 8  # the residual, the mixer, steps of 8 heads in fp32
+    assert kept < found.per_token / 2 < 1.15 * kept  # and the head
+
+
 def test_what_is_trained_is_counted_with_its_optimizer(tmp_path: Path) -> None:
     adapter = plan(tmp_path, new_model=TINY, peft=LORA)
     full = plan(tmp_path, new_model=TINY)
