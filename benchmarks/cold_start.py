@@ -68,8 +68,11 @@ def time_lines(config: Path, cache: Path) -> list[tuple[float, str]]:
         env=os.environ | {"TRITON_CACHE_DIR": str(cache), "XDG_CACHE_HOME": str(cache)},
     )  # fmt: skip
     assert run.stdout is not None
-    lines = [(time.perf_counter() - began, line.rstrip()) for line in run.stdout]
-    assert run.wait() == 0, "\n".join(line for _, line in lines[-30:])
+    lines = []
+    for line in run.stdout:
+        lines.append((time.perf_counter() - began, line.rstrip()))
+        print(f"{lines[-1][0]:6.1f} {lines[-1][1]}", flush=True)
+    assert run.wait() == 0, "the run failed"
     return lines
 
 
@@ -86,8 +89,6 @@ def main() -> None:
         write_checkpoint(model, directory / "model", arguments.device)
         config = write_config(directory / "model", directory, arguments.device, arguments.tokens)
         lines = time_lines(config, directory / "cache")
-        for seconds, line in lines:
-            print(f"{seconds:6.1f} {line}")
         results["seconds"][model] = next(s for s, line in lines if line.startswith(FIRST_STEP))
         results["lines"][model] = lines
         print(f"{model}: first step done after {results['seconds'][model]:.1f} s", flush=True)

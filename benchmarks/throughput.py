@@ -57,10 +57,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def draw_examples(count: int, vocab_size: int, seed: int = 0) -> TokenizedDataset:
-    """Random ids; loss on the last third of each example."""
-    draw = np.random.default_rng(seed)
+def draw_examples(count: int, vocab_size: int, length: int | None = None) -> TokenizedDataset:
+    """Random ids, of a long-tailed distribution of lengths or of one; loss on the last third of
+    each example."""
+    draw = np.random.default_rng(0)
     lengths = np.clip(draw.lognormal(5.0, 0.75, count), 16, 2048).astype(np.int64)
+    if length is not None:
+        lengths[:] = length
     prompts = lengths * 2 // 3
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     chunk = Chunk(
@@ -166,7 +169,10 @@ def main() -> None:
         losses.append(status.loss)
         if step >= arguments.warmup:
             rates.append(status.tokens / seconds)
-        print(f"step {step} loss {status.loss:.4f} {status.tokens / seconds:,.0f} tokens/s", flush=True)
+        print(
+            f"step {step} loss {status.loss:.4f} {status.tokens / seconds:,.0f} tokens/s",
+            flush=True,
+        )
     result = {
         "model": arguments.model,
         "rows": arguments.rows,

@@ -2,15 +2,18 @@
 
     python benchmarks/training_gpu.py gla gla-tuned gla-small --out training.json
 
-Each case has two arms that take turns in one process; a rate is the real tokens of a step over the
-median step, and a cell the median over the turns. Every adapter of both arms must have moved at the
-end, else the case fails.
-The peers' kernels use the same stored choices as ours, so that nothing is tuned while timed.
+Each case has two arms that take turns in one process, each time with a new model; a rate is the
+real tokens of a step over the median step, and a cell the median over the turns. Every adapter of
+both arms must have moved at the end, else the case fails. Mamba's peers need mamba-ssm and
+causal-conv1d.
+The peers' kernels use the same stored choices as ours, and the peers see a few batches only, again
+and again: their kernels are compiled anew for many lengths, which is not timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -36,6 +39,7 @@ from ssm_train.record import describe_environment
 
 RANK = 16
 ROW = 16_384  # the default of tokens_per_batch
+LONG = 4096  # tokens of a document of full fine-tuning
 OPTIM = OptimSettings(learning_rate=1e-4, lr_scheduler_type="constant")
 
 
@@ -54,20 +58,21 @@ class Arm:
 
     name: str
     build: Callable[[], tuple[Any, Callable[[int], list[tuple[float, int, float]]]]]
+    warmup: int = 12  # steps: kernels are compiled, graphs recorded
     turns: list[Turn] = field(default_factory=list)
 
 
-def documents(vocabulary: int) -> Iterator[tuple[TokenizedDataset, np.ndarray]]:
-    """The data, and one document after the other, without an end."""
-    data = draw_examples(8192, vocabulary)
+def documents(vocabulary: int, length: int | None) -> Iterator[tuple[TokenizedDataset, np.ndarray]]:
+    """The data, and one document after the other, without an end; all of one length, or None."""
+    data = draw_examples(8192 if length is None else 256, vocabulary, length=length)
     while True:
         for index in range(len(data.lengths)):
             yield data, np.array([index])
 
 
-def packed_rows(vocabulary: int, tokens: int) -> Iterator[Batch]:
+def packed_rows(vocabulary: int, tokens: int, length: int | None = None) -> Iterator[Batch]:
     data, chosen, total = None, [], 0
-    for data, index in documents(vocabulary):
+    for data, index in documents(vocabulary, length):
         length = int(data.lengths[index[0]])
         if total + length > tokens:
             yield pack(data, np.array(chosen), tokens)
@@ -77,8 +82,14 @@ def packed_rows(vocabulary: int, tokens: int) -> Iterator[Batch]:
 
 
 def ours(
-    model: str, tokens: int = ROW, graphs: bool = False, full: bool = False
+    model: str,
+    tokens: int = ROW,
+    graphs: bool = True,
+    targets: list[str] | str = "all-linear",
+    full: bool = False,
 ) -> Callable[[], Any]:
+    """Packed rows; `full`: all weights are trained, on documents of 4,096 tokens."""
+
     def build() -> Any:
         accelerator = distributed.build_accelerator("bf16", "cuda")
         distributed.seed_everything(0)
@@ -91,12 +102,14 @@ def ours(
         adapter, _ = registry.resolve(spec)
         prepared = adapter.prepare(spec)
         if not full:
-            peft = load_peft({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK})
+            peft = load_peft(
+                {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets}
+            )
             assert peft is not None
             peft.make().inject(prepared)
         optimizer = build_optimizer(prepared.model, OPTIM, prepared.traits.no_decay)
         net, optimizer = accelerator.prepare(prepared.model, optimizer)
-        rows = packed_rows(config["vocab_size"], tokens)
+        rows = packed_rows(config["vocab_size"], tokens, LONG if full else None)
         run = Training(
             accelerator=accelerator, model=net, optimizer=optimizer,
             token_losses=adapter.token_losses, micro_batches=lambda step: [next(rows)],
@@ -123,12 +136,19 @@ def ours(
     return build
 
 
-def trainer(model: str, batch_size: int, accumulation: int, tuned: bool) -> Callable[[], Any]:
-    """HF Trainer, peft and fla's own model: padded rows, defaults; `tuned`: rows of similar length
-    together and fla's fused loss."""
+def trainer(
+    model: str,
+    batch_size: int,
+    accumulation: int,
+    tuned: bool = False,
+    targets: list[str] | str = "all-linear",
+    fused: bool = True,
+) -> Callable[[], Any]:
+    """HF Trainer, peft and the library's own model: padded rows, defaults. `tuned`: rows of similar
+    length together and fla's fused loss. Not `fused`: Mamba's path that calls its projections,
+    where their adapters live."""
 
     def build() -> Any:
-        import fla.models  # noqa: F401  registers its models
         from peft import LoraConfig, get_peft_model
         from transformers import (
             AutoConfig,
@@ -140,16 +160,24 @@ def trainer(model: str, batch_size: int, accumulation: int, tuned: bool) -> Call
 
         config = dict(MODELS[model] | SPECIAL)
         kind = config.pop("model_type")
-        if kind == "gla":  # the fused one reads the weight of down_proj past its LoRA
+        if kind == "gla":
+            import fla.models  # noqa: F401  registers its models
+
+            # The fused MLP reads the weight of down_proj past its LoRA.
             config |= {"fuse_swiglu": False}
             config |= {"fuse_linear_cross_entropy": tuned, "fuse_cross_entropy": not tuned}
+        else:
+            choose_path(fused)
         torch.manual_seed(0)
         with torch.device("cuda"):
             net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+        net = net.to(torch.bfloat16)
+        net.config.model_type = "any"  # peft refuses out_proj of Mamba on all paths
         net = get_peft_model(
-            net.to(torch.bfloat16),
-            LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+            net,
+            LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, task_type="CAUSAL_LM"),
         )
+        net.config.model_type = kind
         data = draw_examples(8192, config["vocab_size"])
         order = np.random.default_rng(1).permutation(len(data.lengths))
         if tuned:  # group by length, as the Trainer's own option: blocks of 50 batches
@@ -163,6 +191,7 @@ def trainer(model: str, batch_size: int, accumulation: int, tuned: bool) -> Call
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         if tuned:
             np.random.default_rng(2).shuffle(batches)
+        batches = batches[: 2 * max(accumulation, 2)]
         position = 0
 
         def collate(_: Any) -> dict[str, torch.Tensor]:
@@ -221,22 +250,100 @@ def trainer(model: str, batch_size: int, accumulation: int, tuned: bool) -> Call
     return build
 
 
+def choose_path(fused: bool) -> None:
+    """transformers' Mamba in training: the fused kernel, or its own alternative to it."""
+    from transformers.models.mamba import modeling_mamba
+    from transformers.models.mamba2 import modeling_mamba2
+
+    for module, name in (
+        (modeling_mamba, "mamba_inner_fn"),
+        (modeling_mamba2, "mamba2_split_conv1d_scan_combined"),
+    ):
+        own = FUSED.setdefault(name, getattr(module, name))
+        setattr(module, name, own if fused else lambda *args, **options: None)
+
+
+FUSED: dict[str, Any] = {}
+
+
+def plain_loop(model: str, tokens: int) -> Callable[[], Any]:
+    """fla's model with its defaults and its fused loss, fp32 weights under bf16 autocast, packed
+    documents of 4,096 tokens."""
+
+    def build() -> Any:
+        from fla.models import GLAConfig, GLAForCausalLM
+
+        config = dict(MODELS[model] | SPECIAL)
+        del config["model_type"]
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            net = GLAForCausalLM(
+                GLAConfig(**config, fuse_linear_cross_entropy=True, fuse_cross_entropy=False)
+            )
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+        rows = packed_rows(config["vocab_size"], tokens, LONG)
+
+        def train(steps: int) -> list[tuple[float, int, float]]:
+            found, began = [], time.perf_counter()
+            for _ in range(steps):
+                batch = next(rows).to("cuda")
+                labels = torch.full_like(batch.input_ids, -100)
+                labels[0, batch.target_positions + 1] = batch.targets
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = net(batch.input_ids, labels=labels, cu_seqlens=batch.cu_seqlens).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                loss = loss.item()
+                now = time.perf_counter()
+                found.append((now - began, batch.num_tokens, loss))
+                began = now
+            return found
+
+        return net, train
+
+    return build
+
+
+MAMBA = ["in_proj", "x_proj", "out_proj"]
+"""dt_proj is read past its adapter on all paths of transformers."""
 CASES: dict[str, tuple[Arm, Arm]] = {
     "gla": (
         Arm("ours", ours("gla-1.3b")),
-        Arm("HF Trainer, batch 16", trainer("gla-1.3b", 16, 5, tuned=False)),
+        Arm("HF Trainer, batch 16", trainer("gla-1.3b", 16, 5), 2),
     ),
     "gla-tuned": (
         Arm("ours", ours("gla-1.3b")),
-        Arm("HF Trainer, grouped by length, batch 64", trainer("gla-1.3b", 64, 1, tuned=True)),
+        Arm("HF Trainer, by length", trainer("gla-1.3b", 16, 5, tuned=True), 2),
     ),
     "gla-small": (
-        Arm("graphs", ours("gla-1.3b", tokens=2048, graphs=True)),
-        Arm("without graphs", ours("gla-1.3b", tokens=2048)),
+        Arm("graphs", ours("gla-1.3b", tokens=2048)),
+        Arm("without graphs", ours("gla-1.3b", tokens=2048, graphs=False)),
+    ),
+    "gla-full": (
+        Arm("ours", ours("gla-1.3b", full=True)),
+        Arm("plain loop", plain_loop("gla-1.3b", ROW), 3),
+    ),
+    "mamba": (
+        Arm("ours", ours("mamba-1.4b", targets=["in_proj"])),
+        Arm("HF Trainer, fused", trainer("mamba-1.4b", 8, 10, targets=["in_proj"]), 2),
+    ),
+    "mamba-unfused": (
+        Arm("ours", ours("mamba-1.4b", targets=MAMBA)),
+        Arm("HF Trainer", trainer("mamba-1.4b", 8, 10, targets=MAMBA, fused=False), 2),
     ),
     "mamba-small": (
-        Arm("graphs", ours("mamba-1.4b", tokens=2048, graphs=True)),
-        Arm("without graphs", ours("mamba-1.4b", tokens=2048)),
+        Arm("graphs", ours("mamba-1.4b", tokens=2048)),
+        Arm("without graphs", ours("mamba-1.4b", tokens=2048, graphs=False)),
+    ),
+    "mamba2": (
+        Arm("ours", ours("mamba2-1.3b", targets=["in_proj"])),
+        Arm("HF Trainer, fused", trainer("mamba2-1.3b", 8, 10, targets=["in_proj"]), 2),
+    ),
+    "mamba2-unfused": (
+        Arm("ours", ours("mamba2-1.3b")),
+        Arm("HF Trainer", trainer("mamba2-1.3b", 8, 10, fused=False), 2),
     ),
 }
 
@@ -246,31 +353,32 @@ def check_alive(name: str, net: torch.nn.Module) -> None:
     assert not dead, f"{name}: dead adapters, such as {dead[0]}"
 
 
+def take_turn(arm: Arm, steps: int) -> Turn:
+    net, train = arm.build()
+    train(arm.warmup)
+    torch.cuda.reset_peak_memory_stats()
+    rows = train(steps + 1)[1:]
+    check_alive(arm.name, net)
+    seconds = median(row[0] for row in rows)
+    tokens = float(np.mean([row[1] for row in rows]))
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return Turn(tokens / seconds, seconds * 1e3, tokens, peak, rows[-1][2])
+
+
 def compare(arms: tuple[Arm, Arm], turns: int, steps: int) -> None:
-    built, held = [], []
-    for arm in arms:
-        before = torch.cuda.memory_allocated()
-        built.append(arm.build())
-        built[-1][1](6)  # compiles, tunes, records
-        held.append(torch.cuda.memory_allocated() - before)
     for _ in range(turns):
-        for i, (arm, (_, train)) in enumerate(zip(arms, built, strict=True)):
-            torch.cuda.reset_peak_memory_stats()
-            rows = train(steps)[2:]
-            seconds = median(row[0] for row in rows)
-            tokens = float(np.mean([row[1] for row in rows]))
-            peak = (torch.cuda.max_memory_allocated() - held[1 - i]) / 2**30
-            arm.turns.append(Turn(tokens / seconds, seconds * 1e3, tokens, peak, rows[-1][2]))
+        for arm in arms:
+            arm.turns.append(take_turn(arm, steps))
             print(f"  {arm.name}: {arm.turns[-1]}", flush=True)
-    for arm, (net, _) in zip(arms, built, strict=True):
-        check_alive(arm.name, net)
+            gc.collect()  # models and graphs have references in circles
+            torch.cuda.empty_cache()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="+", choices=CASES)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     results: dict[str, Any] = {"environment": describe_environment(), "cases": {}}
@@ -285,7 +393,6 @@ def main() -> None:
         }
         print(f"{name}: {middle[0]:,.0f} / {middle[1]:,.0f} tokens/s = {middle[0] / middle[1]:.2f}")
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

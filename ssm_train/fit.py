@@ -71,10 +71,7 @@ class Ready:
         )  # fmt: skip
         if cfg.cuda_graphs and reason:
             raise InputError(f"cuda_graphs: true cannot be, because {reason}; remove it")
-        wanted = cfg.cuda_graphs
-        if wanted is None:
-            wanted = cfg.tokens_per_batch <= graphs.LAUNCH_BOUND
-        return wanted and reason is None
+        return cfg.cuda_graphs is not False and reason is None
 
     @property
     def warms_up(self) -> bool:
@@ -113,13 +110,12 @@ class Ready:
         shortest = row[np.argsort(examples.lengths[row], kind="stable")[:2]]
         documents = np.resize(shortest, 2)  # the same one twice where there is one alone
         lengths = examples.lengths[documents]
-        pair, alone = (
-            pack(examples, documents, int(lengths.sum())),
-            collate(examples, documents[1:]),
-        )
+        device = self.accelerator.device
+        pair, alone = (pack(examples, documents[i:], int(lengths[i:].sum())) for i in range(2))
+        if device.type == "cpu":  # on a GPU padded rows have kernels of their own, not compiled yet
+            alone = collate(examples, documents[1:])
         second = pair.target_positions >= int(lengths[0])
         pair.targets, pair.target_positions = pair.targets[second], pair.target_positions[second]
-        device = self.accelerator.device
         adapter = self.subject.adapter
 
         def token_logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -1,5 +1,5 @@
-"""CUDA graphs of forward and backward: what launching thousands of small kernels costs is paid once
-a shape. For one process; packed rows have few shapes once their lists are padded.
+"""CUDA graphs of forward and backward: what launching thousands of kernels costs is paid once a
+shape. For one process; packed rows have few shapes once their lists are padded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ssm_train.adapters.base import Batch
 from ssm_train.loss import IGNORED
 
-LAUNCH_BOUND = 8192  # tokens of a row, below which the host is slower than the GPU
 DOCUMENTS = 32  # the number of documents is padded to a multiple of it
 TARGETS = 8  # the number of targets to a multiple of this part of the row
 
@@ -43,7 +42,11 @@ def obstacle(
 
 class GradientGraphs:
     """`gradients` as a graph for each shape: the first batch of a shape runs as it is, the second
-    one is recorded, later ones are replayed. Gradients are added to buffers that stay."""
+    one is recorded, later ones are replayed. Gradients are added to buffers that stay.
+
+    All graphs share what one of them needs for activations, and keep it: it is given back before
+    what needs as much (`drop`).
+    """
 
     off = False
     """Whether a recording failed: then every batch runs as it is."""
@@ -52,6 +55,7 @@ class GradientGraphs:
         self.gradients, self.parameters = gradients, parameters
         self.recorded: dict[tuple[int, ...], Recording | None] = {}
         self.pool: Any = None
+        self.held = 0  # bytes of the pool
 
     def __call__(self, batch: Batch, scale: Tensor) -> Tensor:
         """As `gradients`; the batch is packed and on the GPU."""
@@ -60,6 +64,8 @@ class GradientGraphs:
         assert batch.cu_seqlens is not None
         shape = batch.input_ids.numel(), batch.cu_seqlens.numel(), batch.targets.numel()
         if self.off or shape not in self.recorded:
+            if self.held and free_memory() - self.held < self.held:
+                self.drop()
             self.recorded[shape] = None
             return self.gradients(batch, scale)
         recording = self.recorded[shape] or self._record(batch, scale)
@@ -68,13 +74,24 @@ class GradientGraphs:
         self.recorded[shape] = recording
         return recording.replay(batch, scale)
 
+    def drop(self) -> None:
+        """Gives back the memory of all graphs. The next batch of each shape is recorded again."""
+        self.recorded = dict.fromkeys(self.recorded)
+        self.pool, self.held = None, 0
+        torch.cuda.empty_cache()
+
     def _record(self, batch: Batch, scale: Tensor) -> Recording | None:
         """None, and a warning, where something in the model cannot be recorded."""
         try:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            return Recording(self.gradients, batch, scale, self.pool)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            recording = Recording(self.gradients, batch, scale, self.pool)
+            self.held += torch.cuda.memory_reserved() - before
+            return recording
         except RuntimeError as error:
             self.off = True
+            self.drop()
             reason = str(error).partition("\n")[0]
             warnings.warn(
                 f"no CUDA graphs, kernels are launched one by one: {reason}", stacklevel=2
@@ -103,6 +120,12 @@ class Recording:
         torch._foreach_copy_([*own.values(), self.scale], [*(given[name] for name in own), scale])
         self.graph.replay()
         return self.loss.clone()
+
+
+def free_memory() -> int:
+    """Bytes that no tensor is in, those inside of a graph among them."""
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:

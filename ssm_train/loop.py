@@ -51,8 +51,8 @@ class LoopSettings(Settings):
     no_save: bool = False
     """Never write checkpoints."""
     cuda_graphs: bool | None = None
-    """Record forward and backward of packed rows as CUDA graphs, on one GPU; None: where rows are
-    so short that launching kernels takes longer than running them."""
+    """Record forward and backward of packed rows as CUDA graphs, on one GPU; None: where it can
+    be."""
     min_eval_metric_after_epoch: dict[int, float] = Field(default_factory=dict)
     """Epoch -> least value of the task's main metric; below it the run stops."""
 
@@ -172,6 +172,8 @@ def train(run: Training, state: TrainState) -> Outcome:
         too_low = False
         if run.evaluate and due_eval:  # once in a while, all ranks
             started = time.perf_counter()
+            if isinstance(run.gradients, GradientGraphs):
+                run.gradients.drop()  # the evaluation needs memory too
             metrics = run.evaluate(step)
             due_save |= note_best(run, state, metrics)
             too_low = below_least_metric(run, step, metrics[run.main_metric])

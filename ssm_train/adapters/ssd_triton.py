@@ -84,11 +84,11 @@ def ssd_triton(
         tokens = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
         documents = torch.searchsorted(cu_seqlens[1:-1], tokens, right=True)[None].int()
     result = load_kernel(SSD, "mamba_chunk_scan_combined")(
-        x.contiguous(),
+        x,
         dt,
         A,
-        B.contiguous(),
-        C.contiguous(),
+        B,
+        C,
         chunk_size,
         D=D,
         initial_states=initial_state,

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,9 +71,10 @@ def use_stored(gpu: Gpu, package: str) -> str:
     if "FLA_CACHE_MODE" in os.environ:
         return "FLA_CACHE_MODE is set, so stored kernel choices are left aside"
     choices, sources = load(gpu)
+    known = any(name.startswith(f"{package}.") for name in choices)
     for name, tuner in find_choosing((package,)).items():
-        tuner.run = Lookup(tuner, choices.get(name, {}))
-    if any(name.startswith(f"{package}.") for name in choices):
+        tuner.run = Lookup(tuner, choices.get(name, {}), known)
+    if known:
         return f"stored {package} kernel choices for {gpu.name}: {', '.join(sources)}"
     unread = "".join(f", {source}" for source in sources if "cannot be read" in source)
     return (
@@ -87,22 +89,29 @@ class Lookup:
 
     tuner: Autotuner
     entries: Entries
+    known: bool
+    """Whether other kernels of the package have choices, so that nobody waits for tuning."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = partial(type(self.tuner).run, self.tuner)
         key, cache = key_of(self.tuner, args, kwargs), self.tuner.cache
-        if key in cache or (config := self.find(key, args, kwargs)) is None:
+        if key in cache:
+            return run(*args, **kwargs)
+        if (config := self.find(key, args, kwargs)) is None:
+            if self.known:
+                tell_tuning(self.tuner)
             return run(*args, **kwargs)
         cache[key] = config
         try:
             return run(*args, **kwargs)
         except (OutOfResources, PTXASError):  # fitted other sizes, or another Triton
             del cache[key]
+            tell_tuning(self.tuner)
             return run(*args, **kwargs)
 
     def find(self, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Config | None:
         """The nearest choice that is one of the kernel's own configurations for these arguments:
-        its pruning leaves out what would be wrong for them."""
+        its pruning leaves out what would be wrong for them. None: there is none."""
         key = plain(key)
         distances = {other: distance(key, other) for other in self.entries}
         ranked = sorted(
@@ -116,18 +125,45 @@ class Lookup:
         return next((c for w in wanted for c in allowed if describe(c) == w), None)
 
 
+def tell_tuning(tuner: Autotuner) -> None:
+    warnings.warn(
+        f"{tuner.base_fn.__name__} has no stored choice and is tuned now, as others may be, which "
+        "can take minutes; ssm-train warmup does it once",
+        stacklevel=3,
+    )
+
+
+ANOTHER = 10.0  # what a flag or a dtype that differs counts, more than any sizes
+
+
 def distance(key: Key, other: Key) -> float:
-    """Between keys that differ in positive numbers only: the sum of |log ratio|; else infinite."""
-    if len(key) != len(other):
+    """How unlike two keys of a kernel are; infinite, if they have other sizes than each other.
+
+    Positive numbers differ by |log ratio|, flags and dtypes by `ANOTHER`; tensors of integers,
+    which say where documents are, do not count. A distant choice may be slow, never wrong: each is
+    one that Triton might have taken.
+    """
+    (sizes, dtypes), (other_sizes, other_dtypes) = split(key), split(other)
+    if len(sizes) != len(other_sizes):
         return math.inf
-    total = 0.0
-    for a, b in zip(key, other, strict=True):
+    total = ANOTHER * abs(len(dtypes) - len(other_dtypes))
+    total += ANOTHER * sum(a != b for a, b in zip(dtypes, other_dtypes, strict=False))
+    for a, b in zip(sizes, other_sizes, strict=True):
         numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
         if numbers and a > 0 and b > 0:
             total += abs(math.log(a / b))
         elif type(a) is not type(b) or a != b:
-            return math.inf
+            total += ANOTHER
     return total
+
+
+def split(key: Key) -> tuple[list[Any], list[str]]:
+    """Sizes and flags, and the dtypes of all tensors but those of integers."""
+    dtypes = [v for v in key if isinstance(v, str) and v.startswith("torch.")]
+    return (
+        [v for v in key if v not in dtypes],
+        [dtype for dtype in dtypes if not dtype.startswith(("torch.int", "torch.uint"))],
+    )
 
 
 # ---------------------------------------------------------------- tuning

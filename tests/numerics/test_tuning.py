@@ -126,21 +126,31 @@ def test_the_nearest_size_is_taken(toy: ModuleType, kernel_device: str) -> None:
     use_stored(GPU, "fla")
     assert [run(toy, kernel_device, n) for n in (100, 70, 2000)] == [8, 16, 64]
     assert toy.measured == []
-    assert run(toy, kernel_device, 100, add=True) == toy.FASTEST  # another flag is another kernel
-    assert toy.measured == list(toy.BLOCKS)
+    assert run(toy, kernel_device, 100, add=True) == 8  # another flag: not measured either
+    assert toy.measured == []
 
 
 def test_distances() -> None:
-    assert distance((64, True, "a"), (64, True, "a")) == 0
+    own = (64, True, "torch.bfloat16", "torch.int32")
+    assert distance(own, own) == 0
+    assert distance(own, own[:3]) == 0  # without packing there is no tensor of offsets
     assert distance((64, 2), (32, 4)) == pytest.approx(2 * distance((64,), (32,)))
-    for other in ((64, 1, "a"), (64, False, "a"), (64, True, "b"), (64, True), (0, True, "a")):
-        assert distance((64, True, "a"), other) == float("inf"), other
+    sizes = distance((64, True, "torch.bfloat16"), (8192, True, "torch.bfloat16"))
+    for other in (
+        (64, False, "torch.bfloat16"),
+        (64, True, "torch.float32"),
+        (64, True, "torch.bfloat16", "torch.float32"),
+        (0, True, "torch.bfloat16"),
+    ):
+        assert sizes < distance(own, other) < float("inf"), other
+    assert distance(own, own[1:]) == float("inf")
 
 
 def test_what_the_kernel_prunes_is_not_taken(toy: ModuleType, kernel_device: str) -> None:
     store(GPU.user_file, {24: 32})
     use_stored(GPU, "fla")
-    assert run(toy, kernel_device, 20) == 16  # 32 would be larger than n
+    with pytest.warns(UserWarning, match="is tuned now"):
+        assert run(toy, kernel_device, 20) == 16  # 32 would be larger than n
     assert toy.measured == [8, 16]
     store(GPU.user_file, {500: 8})
     use_stored(GPU, "fla")
@@ -151,7 +161,8 @@ def test_what_the_kernel_prunes_is_not_taken(toy: ModuleType, kernel_device: str
 def test_what_the_kernel_no_longer_has_is_not_taken(toy: ModuleType, kernel_device: str) -> None:
     store(GPU.user_file, {100: 48})
     use_stored(GPU, "fla")
-    assert run(toy, kernel_device, 100) == toy.FASTEST
+    with pytest.warns(UserWarning, match="double has no stored choice and is tuned now"):
+        assert run(toy, kernel_device, 100) == toy.FASTEST
     assert toy.measured == list(toy.BLOCKS)
 
 
@@ -159,7 +170,8 @@ def test_what_does_not_fit_is_tuned_after_all(toy: ModuleType, kernel_device: st
     toy.too_large.add(64)
     store(GPU.user_file, {4096: 64})
     use_stored(GPU, "fla")
-    assert run(toy, kernel_device, 100) == toy.FASTEST
+    with pytest.warns(UserWarning, match="is tuned now"):
+        assert run(toy, kernel_device, 100) == toy.FASTEST
 
 
 def test_a_real_kernel_of_fla(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
