@@ -73,7 +73,7 @@ class Ready:
             raise InputError(f"cuda_graphs: true cannot be, because {reason}; remove it")
         wanted = cfg.cuda_graphs
         if wanted is None:
-            wanted = cfg.tokens_per_batch <= graphs.LAUNCH_BOUND
+            wanted = cfg.row_tokens <= graphs.LAUNCH_BOUND
         return wanted and reason is None
 
     @property
