@@ -23,7 +23,7 @@ from ssm_train.adapters.base import (
 )
 from ssm_train.adapters.loading import save_model
 from ssm_train.bases import base_run
-from ssm_train.config import RunConfig, load_config
+from ssm_train.config import RunConfig, as_recorded, load_config
 from ssm_train.data.batches import collate, pack
 from ssm_train.data.order import Order, PackedOrder, accumulation_for, build_order
 from ssm_train.data.sources import (
@@ -85,13 +85,17 @@ def debug_peft(peft: PeftSpec) -> PeftSpec:
     return replace(peft, settings=peft.settings.model_copy(update={"num_warmup_it": 0}))
 
 
-def check_same_run(cfg: RunConfig, run_dir: Path) -> list[str]:
-    """Compares a resumed run's config with the one it began with: a line for each changed value.
+def check_same_run(cfg: RunConfig, run_dir: Path) -> tuple[RunConfig, list[str]]:
+    """Compares a resumed run's config with the one it began with: the config, with what that one
+    settled, and a line for each changed value.
 
     Raises InputError for a change after which its checkpoint would mean something else.
     """
     began, _ = load_config(run_dir / MARKER)
     notes = []
+    if cfg.tokens_per_batch == "auto":
+        cfg = as_recorded(cfg, began)
+        notes.append(f"tokens_per_batch auto: {cfg.row_tokens:,} tokens, as the run began")
     before, now = (config.model_dump(exclude_none=True) for config in (began, cfg))
     for key in RunConfig.model_fields:
         old, new = before.get(key), now.get(key)
@@ -103,7 +107,7 @@ def check_same_run(cfg: RunConfig, run_dir: Path) -> list[str]:
                 "start a new run for it"
             )
         notes.append(f"resumed with {key} {new!r} instead of {old!r}")
-    return notes
+    return cfg, notes
 
 
 def choose_main_metric(cfg: RunConfig, task: Task) -> str:
@@ -232,7 +236,7 @@ def make_batches(train: TokenizedDataset, order: Order, cfg: RunConfig, step: in
     """This rank's micro-batches of optimizer step `step`."""
     rows = order.rank_micro_batches(step, distributed.rank())
     if isinstance(order, PackedOrder):
-        return [pack(train, row, cfg.tokens_per_batch) for row in rows]
+        return [pack(train, row, cfg.row_tokens) for row in rows]
     return [collate(train, row) for row in rows]
 
 

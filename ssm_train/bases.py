@@ -14,7 +14,7 @@ from typing import Literal
 
 from ssm_train import distributed
 from ssm_train.checkpoint import digest
-from ssm_train.config import RunConfig, load_config, run_directory
+from ssm_train.config import RunConfig, as_recorded, load_config, run_directory
 from ssm_train.errors import InputError
 from ssm_train.explain import Provenance
 from ssm_train.lock import InUse, own
@@ -42,9 +42,9 @@ def base_run(cfg: RunConfig) -> Path | None:
     return run_directory(load_base_config(cfg.model)[0], cfg.model)
 
 
-def differing_keys(ours: RunConfig, other: RunConfig) -> list[str]:
-    """Keys in which two configs train something else."""
-    a, b = ours.model_dump(exclude=LAUNCH), other.model_dump(exclude=LAUNCH)
+def differing_keys(recorded: RunConfig, asked: RunConfig) -> list[str]:
+    """Keys in which the config of a run and the one that is asked for train something else."""
+    a, b = (c.model_dump(exclude=LAUNCH) for c in (recorded, as_recorded(asked, recorded)))
     return [key for key in a if a[key] != b[key]]
 
 

@@ -368,10 +368,11 @@ def plan(arguments: argparse.Namespace) -> int:
 
     cfg, _ = load_config(arguments.cfg, {}, os.environ)
 
-    from ssm_train.plan import GIB, describe, make_plan, memory_of_gpu
+    from ssm_train.plan import GIB, describe, fit_tokens, make_plan, memory_of_gpu
 
     memory = memory_of_gpu() if arguments.gib is None else arguments.gib * GIB
-    for line in describe(make_plan(cfg), memory, cfg):
+    cfg, lines = fit_tokens(cfg, memory)
+    for line in [*lines, *describe(make_plan(cfg), memory, cfg)]:
         print(line)
     return DONE
 

@@ -243,11 +243,12 @@ def _dead_settings(cfg: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if not cfg.packing and cfg.tokens_per_batch != default["tokens_per_batch"]:
         yield "tokens_per_batch", "tokens_per_batch has no effect without `packing: true`"
-    if cfg.packing and cfg.max_length and cfg.max_length > cfg.tokens_per_batch:
+    fixed = cfg.packing and cfg.tokens_per_batch != "auto"
+    if fixed and cfg.max_length and cfg.max_length > cfg.row_tokens:
         yield (
             "max_length",
             f"max_length {cfg.max_length} does not fit into tokens_per_batch "
-            f"{cfg.tokens_per_batch}; raise tokens_per_batch",
+            f"{cfg.tokens_per_batch}; raise tokens_per_batch, or set it to auto",
         )
     if cfg.lr_scheduler_type == "constant" and (cfg.warmup_steps or cfg.warmup_ratio):
         yield (
@@ -286,6 +287,13 @@ def run_directory(cfg: RunConfig, cfg_path: str | Path | None = None) -> Path:
             f"run directory {directory} leads to {directory.resolve()}, outside output_root {root}"
         )
     return directory
+
+
+def as_recorded(cfg: RunConfig, recorded: RunConfig) -> RunConfig:
+    """`tokens_per_batch: auto` is the number that the run's record says, whatever fits now."""
+    if cfg.tokens_per_batch != "auto":
+        return cfg
+    return cfg.model_copy(update={"tokens_per_batch": recorded.tokens_per_batch})
 
 
 def dump_yaml(cfg: RunConfig) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -93,27 +93,33 @@ def _type_words(annotation: Any) -> Iterator[str]:
     elif get_origin(annotation) in (Union, UnionType):
         for part in get_args(annotation):
             yield from _type_words(part)
+    elif get_origin(annotation) is Annotated:
+        kind, rule = get_args(annotation)
+        yield from (word + _bounds(rule.metadata) for word in _type_words(kind))
     elif isinstance(annotation, type) and not get_args(annotation):
         yield EXPECTED[annotation.__name__]
     else:
         yield EXPECTED[str(annotation).replace("typing.", "")]
 
 
+BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def _bounds(rules: Iterable[Any]) -> str:
+    """What follows the type: `, at least 0 and less than 1`, or nothing."""
+    bounds = [
+        f"{words} {limit:g}"
+        for rule in rules
+        for attribute, words in BOUNDS.items()
+        if (limit := getattr(rule, attribute, None)) is not None
+    ]
+    return f", {' and '.join(bounds)}" if bounds else ""
+
+
 def expected(field: FieldInfo) -> str:
     """In words what a field takes: its type, its bounds, and null when allowed."""
-    bounds = []
-    for rule in field.metadata:
-        for attribute, words in (
-            ("ge", "at least"),
-            ("gt", "more than"),
-            ("le", "at most"),
-            ("lt", "less than"),
-        ):
-            if (limit := getattr(rule, attribute, None)) is not None:
-                bounds.append(f"{words} {limit:g}")
-        if getattr(rule, "pattern", None):
-            return " ".join(str(field.description).split())
-    words_ = list(_type_words(field.annotation))
-    if bounds:
-        words_[0] += f", {' and '.join(bounds)}"
-    return (", or " if bounds else " or ").join(words_)
+    if any(getattr(rule, "pattern", None) for rule in field.metadata):
+        return " ".join(str(field.description).split())
+    words = list(_type_words(field.annotation))
+    words[0] += _bounds(field.metadata)
+    return (", or " if "," in words[0] else " or ").join(words)

@@ -24,6 +24,7 @@ ENVIRONMENT: dict[str, str] = {
     "HP_VAL_SPLIT": "val_data_split",
     "HP_BATCH_SIZE": "batch_size",
     "HP_EVAL_BATCH_SIZE": "eval_batch_size",
+    "HP_TOKENS_PER_BATCH": "tokens_per_batch",
     "HP_LR": "learning_rate",
     "HP_EPOCHS": "num_epochs",
     "HP_PREC": "prec",
@@ -130,5 +131,5 @@ def from_text(text: str, field: FieldInfo | None) -> Any:
         return words[text.lower()]
     value = parse_value(text)
     if ("str" in accepts or "Literal" in accepts) and isinstance(value, int | float):
-        return value if isinstance(value, bool) and "bool" in accepts else text
+        return value if type(value).__name__ in accepts else text
     return value

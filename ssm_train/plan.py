@@ -5,12 +5,14 @@ Peak = weights + what is trained and its optimizer + what layers keep for a row'
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ssm_train import distributed
 from ssm_train.adapters import registry
 from ssm_train.adapters.base import Kept, ModelSpec
 from ssm_train.assemble import STORAGE
@@ -22,7 +24,13 @@ from ssm_train.shape import model_shape
 
 GIB = 2**30
 ROOM = 0.92  # of a GPU's memory: the rest is CUDA's own, and what its allocator cannot join
+MOST_TOKENS = 65_536  # of a row with `tokens_per_batch: auto`, but for a longer max_length
+STEP = 1024  # such a row is a multiple of it
 LOGIT_BYTES = 4 + 4 + 2  # logits, their gradient, and that in bf16, where some rows are at once
+
+
+class Uncounted(InputError):
+    """A right config, whose memory the plan does not know."""
 
 
 @dataclass(frozen=True)
@@ -35,28 +43,37 @@ class Plan:
     training: float
     """Trained parameters again in the optimizer, and with autocast in the run's precision."""
     gradients: float
+    gradients_stay: bool
+    """In the forward pass too: of earlier micro-batches, or to exchange with other processes."""
     per_token: float
     recomputed: float
     """What the layer that is computed again keeps for a token."""
     logits: float
     tokens: int
 
+    @property
+    def fixed(self) -> float:
+        """What is there through the whole step."""
+        return self.weights + self.training + (self.gradients if self.gradients_stay else 0)
+
     def peak(self, tokens: int) -> float:
         """At the end of the forward pass, or, with all weights trained, of the backward pass."""
-        fixed = self.weights + self.training
         kept = tokens * (self.per_token + self.recomputed) + self.logits
-        return fixed + max(kept, self.gradients)
+        return self.fixed + (kept if self.gradients_stay else max(kept, self.gradients))
 
     def most_tokens(self, memory: float) -> int:
         """Of a row, so that the peak fits into `memory`."""
-        room = memory * ROOM - self.weights - self.training - self.logits
+        room = memory * ROOM - self.fixed - self.logits
         return max(0, int(room / (self.per_token + self.recomputed)))
 
 
 def make_plan(cfg: RunConfig) -> Plan:
-    """Counts a run. Raises InputError for rows of unknown length and for families that it does not
-    know."""
+    """Counts a run. Raises InputError, Uncounted for rows of unknown length, and for families and
+    methods that it does not know."""
     peft = load_peft(cfg.peft, cfg.peft_overrides.given())
+    if peft and hasattr(peft.settings, "init_lora_weights"):  # another start has the same size
+        zeros = peft.settings.model_copy(update={"init_lora_weights": True})
+        peft = replace(peft, settings=zeros)
     stored = torch.float32 if peft is None else STORAGE[cfg.prec]
     with torch.device("meta"):
         spec = ModelSpec(
@@ -67,13 +84,10 @@ def make_plan(cfg: RunConfig) -> Plan:
         if peft is not None:
             try:
                 peft.make().inject(prepared)
-            except NotImplementedError:  # the start of the factors, from the weights
-                raise InputError(
-                    f"plan cannot count {peft.peft_type} without weights; give it "
-                    "init_lora_weights: true, which needs the same memory"
-                ) from None
+            except NotImplementedError:  # reads the weights
+                raise Uncounted(f"plan cannot count {peft.peft_type} without weights") from None
     if not hasattr(adapter, "kept"):
-        raise InputError(f"plan does not know what layers of {adapter.name} keep")
+        raise Uncounted(f"plan does not know what layers of {adapter.name} keep")
     config: Any = prepared.model.config
     size = STORAGE[cfg.prec].itemsize
     kept: Kept = adapter.kept(config, size)
@@ -87,6 +101,7 @@ def make_plan(cfg: RunConfig) -> Plan:
         weights=sum(p.numel() * p.element_size() for p in prepared.model.parameters()),
         training=trained * (8 + copies),
         gradients=trained * 4,
+        gradients_stay=cfg.gradient_accumulation_steps > 1 or distributed.world_size() > 1,
         per_token=per_token + size * 3 * config.hidden_size,  # embedding, and around the last norm
         recomputed=recomputed,
         logits=LOGIT_BYTES * min(LOGITS_AT_ONCE, tokens * config.vocab_size),
@@ -111,9 +126,9 @@ def count_kept(kept: Kept, config: Any, size: int, recompute: bool | str) -> tup
 def tokens_of_row(cfg: RunConfig) -> int:
     """Of a micro-batch, padding included."""
     if cfg.packing:
-        return cfg.tokens_per_batch
+        return cfg.row_tokens
     if cfg.max_length is None:
-        raise InputError("plan needs max_length, or packing: true: else rows have no known length")
+        raise Uncounted("plan needs max_length, or packing: true: else rows have no known length")
     return cfg.batch_size * cfg.max_length
 
 
@@ -137,6 +152,60 @@ def describe(plan: Plan, memory: float, cfg: RunConfig) -> Iterator[str]:
         yield f"largest      tokens_per_batch {most:,}"
     else:
         yield f"largest      batch_size {most // (cfg.max_length or 1):,}"
+
+
+# ---------------------------------------------------------------- tokens_per_batch: auto
+
+
+def settle_tokens(cfg: RunConfig, device: torch.device) -> tuple[RunConfig, list[str]]:
+    """All ranks, before the model is on `device`. The config with a number for
+    `tokens_per_batch: auto`, and the line that says which. Raises InputError."""
+    if cfg.tokens_per_batch != "auto":
+        return cfg, []
+    if device.type != "cuda":
+        tokens = max(RunConfig.model_fields["tokens_per_batch"].default, cfg.max_length or 0)
+        return with_tokens(cfg, tokens), [
+            f"tokens_per_batch auto: {tokens:,} tokens, as the device is {device.type}"
+        ]
+    return fit_tokens(cfg, min(distributed.gather_objects([free_memory(device)])))
+
+
+def fit_tokens(cfg: RunConfig, memory: float) -> tuple[RunConfig, list[str]]:
+    """`settle_tokens` for a GPU of which `memory` bytes are free."""
+    if cfg.tokens_per_batch != "auto":
+        return cfg, []
+    try:
+        plan = make_plan(with_tokens(cfg, MOST_TOKENS))
+    except Uncounted as error:
+        raise Uncounted(
+            f"tokens_per_batch auto: {error}; set tokens_per_batch to a number"
+        ) from None
+    most, least = plan.most_tokens(memory), cfg.max_length or STEP
+    tokens = max(min(most, MOST_TOKENS) // STEP * STEP, least)
+    free = f"{memory / GIB:.1f} GiB free"
+    if tokens > most:
+        what = f"max_length {least:,}" if cfg.max_length else f"a row of {least:,} tokens"
+        raise InputError(
+            f"tokens_per_batch auto: {what} does not fit into {free}, {most:,} tokens do; set "
+            "gradient_checkpointing: true or a smaller max_length, train an adapter (peft), or "
+            "free the GPU"
+        )
+    peak = f"{plan.peak(tokens) / GIB:.1f} GiB at peak"
+    return with_tokens(cfg, tokens), [
+        f"tokens_per_batch auto: {tokens:,} tokens fit into {free} (plan: {peak})"
+    ]
+
+
+def with_tokens(cfg: RunConfig, tokens: int) -> RunConfig:
+    return cfg.model_copy(update={"tokens_per_batch": tokens})
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of this GPU that nobody holds."""
+    gc.collect()  # an earlier run of this process may have left something
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
 
 
 def gib(size: float) -> str:

@@ -49,6 +49,7 @@ from ssm_train.optim import lr_at
 from ssm_train.peft.coverage import measure_coverage
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import PeftSpec, load_peft
+from ssm_train.plan import settle_tokens
 from ssm_train.record import (
     MARKER,
     WARMUP,
@@ -93,7 +94,7 @@ def run_in(
     check_run_directory(run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
     check_trackers(cfg.trackers)
     splits = find_splits(cfg)
-    changes = check_same_run(cfg, run_dir) if cfg.resume else []
+    cfg, changes = check_same_run(cfg, run_dir) if cfg.resume else (cfg, [])
     changes += ["--resume: no run is there yet, so this one begins"] if first else []
     task = check_data(cfg, splits)
     main_metric = choose_main_metric(cfg, task)
@@ -128,6 +129,7 @@ def get_ready(
     """All ranks. Model, data, PEFT and the proof that every trainable tensor is alive."""
     accelerator = distributed.build_accelerator(cfg.prec, cfg.device)
     device = accelerator.device
+    cfg, settled = settle_tokens(cfg, device)
     distributed.seed_everything(cfg.seed)
     base = base_id(cfg, run_dir)
     if cfg.resume and cfg.model is not None:
@@ -143,7 +145,7 @@ def get_ready(
     if ready.cuda_graphs:
         notes.append("forward and backward are recorded as CUDA graphs")
     if distributed.is_main():  # rank 0; now, as the next lines may compile for minutes
-        for note in prepared.notes:
+        for note in [*settled, *prepared.notes]:
             say_line(note)
     if isinstance(method, SdLoraMethod) and ready.warms_up:
         check_warmup(cfg, method.warmup_steps, ready.schedule.total_steps)

@@ -26,12 +26,14 @@ from ssm_train.data.tasks.random_tokens import prompt_length
 from ssm_train.data.tokens import Chunk, TokenizedDataset
 from ssm_train.errors import InputError
 from ssm_train.peft.spec import load_peft
+from ssm_train.plan import GIB, free_memory, settle_tokens
 from ssm_train.shape import model_shape
 
 LAYERS = 2
 LENGTH = 512  # tokens of a document, where the run has no max_length
 MOST_PROCESSES = 16
-PROCESS_GIB = 5  # of GPU memory, for 16,384 tokens of a layer of 2,048 channels
+PROCESS_TOKENS = 16_384
+PROCESS_GIB = 5  # of GPU memory, for so many tokens of a layer of 2,048 channels
 
 
 def tune(cfg: RunConfig, processes: int | None, out: Path | None) -> Path:
@@ -43,14 +45,17 @@ def tune(cfg: RunConfig, processes: int | None, out: Path | None) -> Path:
     from ssm_train.kernels.tuning import collect, tune_anew
 
     began = time.perf_counter()
-    count = processes or count_processes()
+    device = distributed.build_accelerator(cfg.prec, cfg.device).device
+    cfg, lines = settle_tokens(cfg, device)
+    for line in lines:
+        say_line(line)
+    count = processes or count_processes(cfg, device)
     shape = shape_of(cfg)
     if count > 1:
         say_line(f"compiling in {count} processes")
         lost = compile_side_by_side(shape, count)
         minutes = (time.perf_counter() - began) / 60
         say_line(f"compiled after {minutes:.1f} minutes" + (f"; {lost} failed" if lost else ""))
-    device = distributed.build_accelerator(shape.prec, shape.device).device
     run_step(shape, device, tune_anew(say_line))
     if not (choices := collect()):
         raise InputError("this run has no kernels to tune: they are plain PyTorch, or of one kind")
@@ -62,11 +67,11 @@ def tune(cfg: RunConfig, processes: int | None, out: Path | None) -> Path:
     return file
 
 
-def count_processes() -> int:
+def count_processes(cfg: RunConfig, device: torch.device) -> int:
     """As many as there are cores, less two, and as have room on the GPU."""
     cores = len(os.sched_getaffinity(0)) - 2
-    free, _ = torch.cuda.mem_get_info()
-    return max(1, min(cores, MOST_PROCESSES, free // (PROCESS_GIB * 2**30)))
+    each = PROCESS_GIB * GIB * max(1.0, cfg.row_tokens / PROCESS_TOKENS)
+    return max(1, min(cores, MOST_PROCESSES, int(free_memory(device) / each)))
 
 
 def compile_side_by_side(cfg: RunConfig, count: int) -> int:
@@ -146,8 +151,8 @@ def make_batch(cfg: RunConfig, vocabulary: int) -> Batch:
     """A micro-batch of random tokens, of the run's shape; all examples have one length."""
     length = cfg.max_length or LENGTH
     if cfg.packing:
-        length = min(length, cfg.tokens_per_batch)
-    count = cfg.tokens_per_batch // length if cfg.packing else cfg.batch_size
+        length = min(length, cfg.row_tokens)
+    count = cfg.row_tokens // length if cfg.packing else cfg.batch_size
     chunk = Chunk(
         ids=np.random.default_rng(0).integers(vocabulary, size=count * length, dtype=np.int32),
         learnt=np.tile(np.arange(length) >= prompt_length(length), count),
@@ -156,4 +161,4 @@ def make_batch(cfg: RunConfig, vocabulary: int) -> Batch:
     )
     examples = TokenizedDataset(CorpusTask(), "random tokens", [chunk], pad_id=0, eos_id=0)
     rows = np.arange(count)
-    return pack(examples, rows, cfg.tokens_per_batch) if cfg.packing else collate(examples, rows)
+    return pack(examples, rows, cfg.row_tokens) if cfg.packing else collate(examples, rows)

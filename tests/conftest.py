@@ -22,6 +22,21 @@ if not torch.cuda.is_available():  # read once, when triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-config",
+        action="store_true",
+        help="on a GPU: kernels of fla and mamba_ssm run with one configuration and are not tuned",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("one_config") and torch.cuda.is_available():
+        from one_config import take_one_config
+
+        take_one_config()
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 

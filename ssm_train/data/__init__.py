@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -40,11 +40,18 @@ class DataSettings(Settings):
     """Pack documents into rows of `tokens_per_batch` tokens; state resets between documents."""
     packing_check: bool = True
     """Prove on two documents, before training, that packed they are as alone."""
-    tokens_per_batch: int = Field(default=16_384, ge=16)
-    """Tokens in a packed micro-batch of one process."""
+    tokens_per_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = 16_384
+    """Tokens in a packed micro-batch of one process; auto: as many as fit into the GPU's free
+    memory (`ssm-train plan`), at most 65,536; on a CPU the default."""
     group_by_length: bool = True
     """Batches of similar lengths: less padding, same examples per epoch."""
     num_data_workers: int = Field(default=8, ge=0)
     """Processes that tokenize large data; the batches are made by the training process."""
     seed: int = Field(default=42, ge=0)
     """Data order, initialisation and dropout."""
+
+    @property
+    def row_tokens(self) -> int:
+        """`tokens_per_batch` of a run, where `auto` has become a number."""
+        assert isinstance(self.tokens_per_batch, int), "plan.settle_tokens comes first"
+        return self.tokens_per_batch

@@ -209,7 +209,7 @@ Order = PaddedOrder | PackedOrder
 def build_order(lengths: Indices, settings: Any, world: int, accumulation: int) -> Order:
     """The order that the data settings ask for."""
     if settings.packing:
-        return PackedOrder(lengths, settings.tokens_per_batch, world, accumulation, settings.seed)
+        return PackedOrder(lengths, settings.row_tokens, world, accumulation, settings.seed)
     return PaddedOrder(
         lengths,
         settings.batch_size,

@@ -99,7 +99,7 @@ def load_task_data(
     training = split == "train"
     max_length = settings.max_length
     if settings.packing:
-        max_length = min(max_length or settings.tokens_per_batch, settings.tokens_per_batch)
+        max_length = min(max_length or settings.row_tokens, settings.row_tokens)
     source, task = find_source(settings, split), find_task(settings, split)
     if isinstance(task, ChatTask):
         task = bind_template(task, tokenizer)

@@ -276,6 +276,7 @@ def test_variables_win_over_flags_and_file(
         "HP_VAL_SPLIT": "test",
         "HP_BATCH_SIZE": "8",
         "HP_EVAL_BATCH_SIZE": "5",
+        "HP_TOKENS_PER_BATCH": "16384",  # without packing only the default is right
         "HP_LR": "1e-3",
         "HP_EPOCHS": "9",
         "HP_MAX_STEPS": "5",

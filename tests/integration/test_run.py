@@ -26,6 +26,7 @@ from tiny_runs import (
 )
 
 from ssm_train.cli import REQUEUE
+from ssm_train.config import load_config
 from ssm_train.errors import InputError
 from ssm_train.finished import evaluate_run, load_run
 from ssm_train.lock import own
@@ -194,6 +195,46 @@ def test_packing_does_not_change_the_loss(family, tmp_path):
     assert losses(packed_run, "val") == pytest.approx(losses(padded_run, "val"), abs=1e-5)
     tokens = [row["tokens"] for row in metrics(padded_run, "train")]
     assert [row["tokens"] for row in metrics(packed_run, "train")] == tokens
+
+
+def test_auto_records_a_number_that_a_resumed_run_keeps(tmp_path, monkeypatch, capsys):
+    packed = {"packing": True, "batch_size": None, "peft": LORA}
+    config = write_config(tmp_path, "auto", "mamba", tokens_per_batch="auto", **packed)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 1)
+        stopped = train(config)
+    assert "tokens_per_batch auto: 16,384 tokens, as the device is cpu" in capsys.readouterr().out
+    assert stopped.outcome == "stopped"
+    assert load_config(stopped.run_dir / "cfg.yaml")[0].tokens_per_batch == 16_384
+    resumed = train(config, resume=True)
+    said = capsys.readouterr().out
+    assert "tokens_per_batch auto: 16,384 tokens, as the run began" in said
+    assert "resuming from step-" in said
+    plain = train(write_config(tmp_path, "plain", "mamba", **packed))
+    assert_same_run(resumed.run_dir, plain.run_dir)
+
+    number = write_config(tmp_path, "number", "mamba", tokens_per_batch=64, **packed)
+    whole = train(number)
+    small = write_config(tmp_path, "small", "mamba", tokens_per_batch=64, **packed)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        train(small)
+    write_config(tmp_path, "small", "mamba", tokens_per_batch="auto", **packed)
+    resumed = train(small, resume=True)
+    assert load_config(resumed.run_dir / "cfg.yaml")[0].tokens_per_batch == 64
+    assert_same_run(resumed.run_dir, whole.run_dir)
+
+
+def test_a_base_with_auto_is_made_once(tmp_path):
+    packed = {"packing": True, "batch_size": None, "max_steps": 2, "skip_eval": True}
+    base = write_config(tmp_path, "base", "mamba", tokens_per_batch="auto", **packed)
+    changes = {"new_model": None, "tokenizer": None, "model": str(base), "peft": LORA}
+    config = write_config(tmp_path, "lora", "mamba", max_steps=2, skip_eval=True, **changes)
+    train(config)
+    weights = tmp_path / "output" / "train_seed42" / "base" / "model" / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+    train(config, overwrite=True)
+    assert weights.stat().st_mtime_ns == made
 
 
 def test_a_family_without_packing_is_refused(tmp_path):

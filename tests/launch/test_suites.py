@@ -459,6 +459,19 @@ def test_only_a_run_of_the_same_config_counts(
         assert "outcome: None" in find_complete_run(config, environment)[1]
 
 
+def test_auto_is_the_run_of_any_number(room: Room) -> None:
+    """Which number is the GPU's affair, of the day on which the run began."""
+    room.write({"E1": ["a"]})
+    config = room.path / "yaml" / "a.yaml"
+    text = "model: x\ndata: glue-tvt_cola\npacking: true\ntokens_per_batch: {}\n"
+    config.write_text(text.format(24_576))
+    run_dir = write_complete_run(room, "a")
+    environment = {"SSM_TRAIN_OUTPUT": str(room.path / "output"), "HP_SEED": "87"}
+    for tokens, found in {"auto": run_dir, "24576": run_dir, "8192": None}.items():
+        config.write_text(text.format(tokens))
+        assert find_complete_run(config, environment)[0] == found
+
+
 # ---------------------------------------------------------------- real training
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import one_config
 import pytest
 import torch
 import triton
+from triton.runtime.autotuner import Autotuner
 
 from ssm_train.kernels import choices, tuning
 from ssm_train.kernels.choices import Choices, Gpu, load, read, write
@@ -37,6 +39,12 @@ def no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FLA_CACHE_MODE", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def every_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with --one-config."""
+    monkeypatch.setattr(Autotuner, "prune_configs", one_config.PRUNE)
 
 
 @pytest.fixture
@@ -364,3 +372,43 @@ def test_compilations_are_counted(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [f"compiling kernels: {n} so far" for n in (1, 2)]
+
+
+# ---------------------------------------------------------------- --one-config
+
+
+def test_the_one_configuration_is_small() -> None:
+    def made(block: int, warps: int, stages: int) -> triton.Config:
+        return triton.Config({"BK": block, "SPLIT": True}, num_warps=warps, num_stages=stages)
+
+    configs = [made(16, 8, 2), made(64, 4, 2), made(32, 4, 2), made(16, 4, 3), made(16, 1, 2)]
+    assert one_config.choose(configs) is configs[2]
+
+
+def test_one_configuration_is_left_of_those_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssm_train.adapters.registry import gla
+
+    gla()
+    tuner = find_autotuners()["fla.ops.gla.chunk.chunk_gla_bwd_kernel_inter"]
+    monkeypatch.setattr(tuner, "nargs", {}, raising=False)
+    sizes = {"K": 64, "V": 64, "STATE_V_FIRST": False}
+    several = tuner.prune_configs(sizes)
+    wrong = one_config.choose(several)
+
+    def leave_out(configs: list[Any], nargs: dict[str, Any], **_: Any) -> list[Any]:
+        return [config for config in configs if config is not wrong]
+
+    monkeypatch.setattr(Autotuner, "prune_configs", one_config.prune_to_one)
+    assert len(several) > 1 and tuner.prune_configs(sizes) == [wrong]
+    monkeypatch.setattr(tuner, "early_config_prune", leave_out)
+    (left,) = tuner.prune_configs(sizes)
+    assert left in several and left is not wrong
+
+
+def test_a_kernel_of_the_user_keeps_its_configurations(
+    toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuner = find_autotuners()[NAME]
+    monkeypatch.setattr(tuner, "nargs", {"n": 100}, raising=False)
+    monkeypatch.setattr(tuner.base_fn, "__module__", "somebody.kernels")
+    assert len(one_config.prune_to_one(tuner, {})) == len(toy.BLOCKS)

@@ -96,6 +96,7 @@ def test_a_changed_override_is_shown_without_those_not_given(
 ) -> None:
     run |= {"name": "run", "peft": "lora.json"}
     (tmp_path / "cfg.yaml").write_text(dump_yaml(RunConfig(**run)), encoding="utf-8")
-    assert check_same_run(RunConfig(**run), tmp_path) == []
+    cfg = RunConfig(**run)
+    assert check_same_run(cfg, tmp_path) == (cfg, [])
     with pytest.raises(InputError, match=r"peft_overrides was {} .* and is {'r': 4} now"):
         check_same_run(RunConfig(**run, peft_overrides={"r": 4}), tmp_path)

@@ -113,6 +113,7 @@ VARIABLES = {
     "HP_VAL_SPLIT": ("test", "test"),
     "HP_BATCH_SIZE": ("16", 16),
     "HP_EVAL_BATCH_SIZE": ("32", 32),
+    "HP_TOKENS_PER_BATCH": ("16384", 16384),  # another number needs packing
     "HP_LR": ("2e-5", 2e-5),
     "HP_EPOCHS": ("0.5", 0.5),
     "HP_PREC": ("fp32", "fp32"),
@@ -384,6 +385,35 @@ def test_all_problems_are_listed_with_their_lines(tmp_path: Path) -> None:
     assert f"{source}:4: batch_size is 'four'; expected a whole number, at least 1" in lines
     assert f"{source}:5: prec is 'fp8'; expected 'bf16' or 'fp16' or 'fp32'" in lines
     assert "HP_SEED: seed is 'x'; expected a whole number, at least 0" in lines
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [{"command_line": {"tokens_per_batch": "{}"}}, {"environment": {"HP_TOKENS_PER_BATCH": "{}"}}],
+    ids=["command line", "variable"],
+)
+def test_tokens_per_batch_is_a_number_or_auto(
+    tmp_path: Path, layers: dict[str, dict[str, str]]
+) -> None:
+    def given(text: str) -> dict[str, Any]:
+        return {k: {key: v.format(text) for key, v in layer.items()} for k, layer in layers.items()}
+
+    assert load(tmp_path, "packing: true\n", **given("4096"))[0].tokens_per_batch == 4096
+    assert load(tmp_path, "packing: true\n", **given("auto"))[0].tokens_per_batch == "auto"
+    for wrong in ("all", "15", "1.5"):
+        with pytest.raises(InputError, match="; expected a whole number, at least 16, or 'auto'$"):
+            load(tmp_path, "packing: true\n", **given(wrong))
+    with pytest.raises(InputError, match="tokens_per_batch has no effect without `packing: true`"):
+        load(tmp_path, **given("auto"))
+
+
+def test_auto_has_room_for_any_max_length(tmp_path: Path) -> None:
+    text = "packing: true\nmax_length: 20000\n"
+    assert load(tmp_path, text + "tokens_per_batch: auto\n")[0].max_length == 20_000
+    with pytest.raises(
+        InputError, match="max_length 20000 does not fit into tokens_per_batch 16384"
+    ):
+        load(tmp_path, text)
 
 
 def test_every_key_is_described_and_every_type_has_words() -> None:

@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 from pydantic.fields import FieldInfo
@@ -267,6 +267,8 @@ def test_config_blocks_load(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def type_text(annotation: Any) -> str:
     """`int | None` as "int": what null means, the description says."""
+    if get_origin(annotation) is Annotated:
+        return type_text(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return ", ".join(map(str, get_args(annotation)))
     if get_origin(annotation) in (Union, types.UnionType):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from ssm_train.cli import BAD_INPUT, DONE, main
-from ssm_train.config import load_config
-from ssm_train.plan import GIB, Plan, make_plan
+from ssm_train.config import RunConfig, load_config
+from ssm_train.errors import InputError
+from ssm_train.plan import GIB, Plan, make_plan, settle_tokens
 
 GLA: dict[str, Any] = {
     "model_type": "gla", "hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4,
@@ -66,6 +69,12 @@ def test_what_is_trained_is_counted_with_its_optimizer(tmp_path: Path) -> None:
     assert 2 * adapter.parameters < adapter.weights < 2.1 * full.parameters + 4 * adapter.trained
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora", "lora_ga"])
+def test_the_start_of_the_factors_changes_nothing(tmp_path: Path, start: str) -> None:
+    peft = LORA | {"init_lora_weights": start}
+    assert plan(tmp_path, new_model=TINY, peft=peft) == plan(tmp_path, new_model=TINY, peft=LORA)
+
+
 def test_recomputing_keeps_less(tmp_path: Path) -> None:
     peaks = [
         plan(tmp_path, new_model=GLA, peft=LORA, gradient_checkpointing=part).peak(16_384)
@@ -92,3 +101,100 @@ def test_padded_rows_need_a_length(tmp_path: Path, capsys: pytest.CaptureFixture
     config = write(tmp_path, new_model=TINY, packing=False, max_length=128, batch_size=4)
     assert main(["plan", "--cfg", str(config)]) == DONE
     assert "batch_size" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- tokens_per_batch: auto
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def settled(
+    directory: Path, free: float, monkeypatch: pytest.MonkeyPatch, **values: Any
+) -> tuple[int, list[str]]:
+    """What auto is on a GPU with `free` bytes, and what is said."""
+    cfg, _ = load_config(
+        write(directory, **{"tokens_per_batch": "auto", "peft": LORA} | values), {}, {}
+    )
+    monkeypatch.setattr("ssm_train.plan.free_memory", lambda device: free)
+    cfg, lines = settle_tokens(cfg, CUDA)
+    return cfg.row_tokens, lines
+
+
+def test_auto_is_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = 76.3 * GIB
+    most = plan(tmp_path, new_model=GLA, peft=LORA).most_tokens(memory)
+    tokens, lines = settled(tmp_path, memory, monkeypatch, new_model=GLA)
+    assert tokens % 1024 == 0 and tokens <= most < tokens + 1024 < 65_536
+    peak = plan(tmp_path, new_model=GLA, peft=LORA, tokens_per_batch=tokens).peak(tokens) / GIB
+    assert lines == [
+        f"tokens_per_batch auto: {tokens:,} tokens fit into 76.3 GiB free "
+        f"(plan: {peak:.1f} GiB at peak)"
+    ]
+    assert settled(tmp_path, 100 * memory, monkeypatch, new_model=GLA)[0] == 65_536
+
+
+def test_auto_holds_the_longest_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = plan(tmp_path, new_model=TINY, peft=LORA).most_tokens(GIB)
+    assert most % 1024 > 1
+    values: dict[str, Any] = {"new_model": TINY, "max_length": most}
+    assert settled(tmp_path, GIB, monkeypatch, **values)[0] == most
+    assert settled(tmp_path, 9 * GIB, monkeypatch, **values | {"max_length": 70_001})[0] == 70_001
+    with pytest.raises(InputError) as caught:
+        settled(tmp_path, GIB, monkeypatch, **values | {"max_length": most + 1})
+    for part in (f"max_length {most + 1:,} does not fit", "1.0 GiB free", f"{most:,} tokens do"):
+        assert part in str(caught.value)
+    assert "gradient_checkpointing" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="a row of 1,024 tokens does not fit into 0.0 GiB free, 0"):
+        settled(tmp_path, 1000, monkeypatch, new_model=TINY)
+
+
+def test_auto_fits_the_gpu_with_the_least_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = settled(tmp_path, GIB, monkeypatch, new_model=TINY)
+    monkeypatch.setattr("ssm_train.distributed.gather_objects", lambda items: [*items, GIB])
+    assert settled(tmp_path, 5 * GIB, monkeypatch, new_model=TINY) == alone
+
+
+def test_auto_leaves_numbers_and_cpus_alone(tmp_path: Path) -> None:
+    def on_cpu(**values: Any) -> tuple[RunConfig, list[str]]:
+        return settle_tokens(load_config(write(tmp_path, new_model=TINY, **values))[0], CPU)
+
+    assert on_cpu(tokens_per_batch=64)[0].row_tokens == 64
+    assert on_cpu(tokens_per_batch=64)[1] == []
+    cfg, lines = on_cpu(tokens_per_batch="auto")
+    assert cfg.row_tokens == 16_384
+    assert lines == ["tokens_per_batch auto: 16,384 tokens, as the device is cpu"]
+    assert on_cpu(tokens_per_batch="auto", max_length=20_000)[0].row_tokens == 20_000
+
+
+def test_auto_needs_a_family_that_the_plan_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = {"model_type": "bamba", "hidden_size": 64, "num_hidden_layers": 2}
+    said = "auto: plan does not know .* bamba keep; set tokens_per_batch to a number"
+    with pytest.raises(InputError, match=said):
+        settled(tmp_path, GIB, monkeypatch, new_model=unknown, peft=None)
+    with pytest.raises(InputError, match="^target_modules: 'nope' matches no module"):
+        wrong = LORA | {"target_modules": ["nope"]}
+        settled(tmp_path, GIB, monkeypatch, new_model=TINY, peft=wrong)
+
+
+def test_gradients_that_stay_leave_less_room(tmp_path: Path) -> None:
+    one = plan(tmp_path, new_model=TINY)
+    two = plan(tmp_path, new_model=TINY, gradient_accumulation_steps=2)
+    assert two.fixed - one.fixed == one.gradients > 0
+    assert two.peak(1024) == two.fixed + 1024 * (one.per_token + one.recomputed) + one.logits
+    assert two.most_tokens(GIB) < one.most_tokens(GIB)
+
+
+def test_the_command_shows_what_auto_would_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path, new_model=TINY, peft=LORA, tokens_per_batch="auto")
+    assert main(["plan", "--cfg", str(config), "--gib", "1"]) == DONE
+    first, *lines = capsys.readouterr().out.splitlines()
+    match = re.match(r"tokens_per_batch auto: ([\d,]+) tokens fit into 1.0 GiB free", first)
+    assert match is not None and f"{match[1]} tokens, " in "".join(lines)
+    assert main(["plan", "--cfg", str(config), "--gib", "0.001"]) == BAD_INPUT
+    assert "tokens_per_batch auto: a row of 1,024 tokens" in capsys.readouterr().err

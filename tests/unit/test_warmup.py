@@ -131,6 +131,25 @@ def test_choices_are_written_where_runs_look(
     assert choices.read(warmup.tune(config(), 1, tmp_path / "other.json")) == chosen
 
 
+def test_rows_of_auto_are_settled_first(
+    gpu: choices.Gpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[int] = []
+    monkeypatch.setattr(warmup, "run_step", lambda cfg, *_: rows.append(cfg.row_tokens))
+    monkeypatch.setattr(tuning, "collect", lambda: {"fla.kernel": {}})
+    warmup.tune(config(packing=True, tokens_per_batch="auto"), 1, None)
+    assert rows == [16_384]
+    assert "tokens_per_batch auto: 16,384 tokens, as the device is cpu" in capsys.readouterr().out
+
+
+def test_longer_rows_leave_room_for_fewer_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warmup, "free_memory", lambda device: 62 * 2**30)
+    monkeypatch.setattr(warmup.os, "sched_getaffinity", lambda _: range(64))
+    assert warmup.count_processes(config(), CPU) == 12
+    assert warmup.count_processes(config(packing=True, tokens_per_batch=65_536), CPU) == 3
+    assert warmup.count_processes(config(packing=True, tokens_per_batch=10**6), CPU) == 1
+
+
 def test_nothing_to_tune_is_said(gpu: choices.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "collect", dict)
     with pytest.raises(InputError, match="no kernels to tune"):
