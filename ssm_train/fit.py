@@ -31,7 +31,7 @@ from ssm_train.loop import Outcome, Schedule, Training, TrainState, plan_schedul
 from ssm_train.metrics import LOSSES, Progress
 from ssm_train.optim import build_optimizer, describe_rates, same_rate
 from ssm_train.peft.coverage import count_parameters
-from ssm_train.peft.liveness import check_liveness
+from ssm_train.peft.liveness import check_liveness, unchanged
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.plot import plot_selection
 from ssm_train.record import WARMUP
@@ -95,6 +95,18 @@ class Ready:
         with distributed.autocast(self.cfg.prec, self.accelerator.device):
             return self.subject.adapter.token_losses(model, batch)
 
+    def compile_kernels(self) -> None:
+        """All ranks. What a training step launches, before it would be compiled one by one."""
+        kernels = self.subject.prepared.kernels.values()
+        if self.accelerator.device.type != "cuda" or all("riton" not in name for name in kernels):
+            return
+        from ssm_train.kernels.compiling import compile_ahead  # triton
+
+        model = self.subject.prepared.model
+        batch = self.micro_batches(0)[0].to(self.accelerator.device)
+        with unchanged(model, training=True), compile_ahead():
+            self.token_losses(model, batch).loss.backward()
+
     def prove_alive(self) -> None:
         """All ranks. Raises InputError naming a trainable tensor without a gradient."""
         check_liveness(
@@ -111,7 +123,9 @@ class Ready:
         documents = np.resize(shortest, 2)  # the same one twice where there is one alone
         lengths = examples.lengths[documents]
         device = self.accelerator.device
-        pair, alone = (pack(examples, documents[i:], int(lengths[i:].sum())) for i in range(2))
+        # Rows of a multiple of 16 tokens, for which the step's kernels are compiled already.
+        tokens = [-(-int(lengths[i:].sum()) // 16) * 16 for i in range(2)]
+        pair, alone = (pack(examples, documents[i:], tokens[i]) for i in range(2))
         if device.type == "cpu":  # on a GPU padded rows have kernels of their own, not compiled yet
             alone = collate(examples, documents[1:])
         second = pair.target_positions >= int(lengths[0])
@@ -214,9 +228,9 @@ def tell_compiling(
     """Lines about kernels under compilation, on rank 0 of a run on a GPU; else nothing."""
     if device.type != "cuda" or not distributed.is_main():
         return nullcontext()
-    from ssm_train.kernels import tuning  # triton, which a CPU may do without
+    from ssm_train.kernels import compiling  # triton, which a CPU may do without
 
-    return tuning.tell_compiling(say)
+    return compiling.tell_compiling(say)
 
 
 def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | None:

@@ -38,7 +38,7 @@ def check_isolation(
     fp32 on the CPU. Raises InputError where documents touch, with the size of it.
     """
     assert pair.cu_seqlens is not None and pair.targets.equal(alone.targets)
-    begin = pair.input_ids.shape[1] - alone.input_ids.shape[1]  # of the second document
+    begin, end = pair.cu_seqlens[1:3].tolist()  # of the second document
     with unchanged(model, training=False):
         fill_zeros({name: p for name, p in model.named_parameters() if p.requires_grad})
         with _first_tokens_changed(model, begin), torch.no_grad():
@@ -47,7 +47,8 @@ def check_isolation(
             packed, single = token_logits(model, pair), token_logits(model, alone)
         by_input, norms = _gradients(model, pair, token_losses)
         by_own_input, own_norms = _gradients(model, alone, token_losses)
-    before, within = by_input[:begin], by_input[begin:]
+    before, within = by_input[:begin], by_input[begin:end]
+    by_own_input = by_own_input[: end - begin]
     for what, leak in (
         ("logits of the second change with the first", relative_difference(changed, packed)),
         (

@@ -255,26 +255,3 @@ def tune_anew(say: Callable[[str], None]) -> Iterator[None]:
 
     with intercept(tune):
         yield
-
-
-@contextmanager
-def tell_compiling(say: Callable[[str], None], seconds: float = 5.0) -> Iterator[None]:
-    """Meanwhile says, at most once in so many seconds, how many kernels Triton has compiled."""
-    from triton import knobs
-
-    before, count, said = knobs.compilation.listener, 0, time.monotonic()
-
-    def listen(*, cache_hit: bool, **about: Any) -> None:
-        nonlocal count, said
-        if before is not None:
-            before(cache_hit=cache_hit, **about)
-        count += not cache_hit
-        if not cache_hit and time.monotonic() - said >= seconds:
-            said = time.monotonic()
-            say(f"compiling kernels: {count} so far")
-
-    knobs.compilation.listener = listen
-    try:
-        yield
-    finally:
-        knobs.compilation.listener = before

@@ -336,7 +336,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ssm_train.kernels.tuning import tell_compiling
+from ssm_train.kernels.compiling import tell_compiling
 
 @triton.jit
 def store_numbers(x, N: tl.constexpr):

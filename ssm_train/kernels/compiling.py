@@ -1,0 +1,81 @@
+"""Triton's compilations: several at a time before a first step, and what is said meanwhile."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from triton.runtime import JITFunction
+
+from ssm_train.kernels.tuning import Lookup, find_choosing, intercept, key_of
+
+MOST_THREADS = 16
+
+
+@contextmanager
+def compile_ahead() -> Iterator[None]:
+    """Meanwhile no kernel runs: each is compiled, several at a time. What is computed inside is
+    garbage of the right shapes. A kernel without a stored choice is left out: it has to be tuned.
+    """
+    from triton import AsyncCompileMode
+
+    run = JITFunction.run
+    stored = {name: vars(tuner).get("run") for name, tuner in find_choosing().items()}
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    def choose(name: str, tuner: Any, launch: Any, args: Any, options: Any) -> Any:
+        key, lookup = key_of(tuner, args, options), stored[name]
+        if key in tuner.cache:
+            return launch(*args, **options)
+        config = lookup.find(key, args, options) if isinstance(lookup, Lookup) else None
+        if config is None:
+            return None
+        tuner.cache[key] = config
+        try:
+            return launch(*args, **options)
+        finally:
+            del tuner.cache[key]  # whether it fits shows when it runs
+
+    threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    # Triton looks for its mode in the thread that launches, so the backward pass has to be in it.
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        AsyncCompileMode(pool),
+        torch.autograd.set_multithreading_enabled(False),
+        intercept(choose),
+    ):
+        JITFunction.run = compile_only  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            JITFunction.run = run  # type: ignore[method-assign]
+
+
+@contextmanager
+def tell_compiling(say: Callable[[str], None], seconds: float = 5.0) -> Iterator[None]:
+    """Meanwhile says, at most once in so many seconds, how many kernels Triton has compiled."""
+    from triton import knobs
+
+    before, count, said = knobs.compilation.listener, 0, time.monotonic()
+
+    def listen(*, cache_hit: bool, **about: Any) -> None:
+        nonlocal count, said
+        if before is not None:
+            before(cache_hit=cache_hit, **about)
+        count += not cache_hit
+        if not cache_hit and time.monotonic() - said >= seconds:
+            said = time.monotonic()
+            say(f"compiling kernels: {count} so far")
+
+    knobs.compilation.listener = listen
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before
