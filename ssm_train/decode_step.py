@@ -135,7 +135,8 @@ class DecodingStep:
 
     def _run_aside(self) -> Any:
         """On the stream that records, so that libraries have what they keep for each stream."""
-        aside, current = recording_stream(self.ids.device), torch.cuda.current_stream()
+        device = self.ids.device
+        aside, current = recording_stream(device), torch.cuda.current_stream(device)
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             output = self._run()
@@ -149,14 +150,17 @@ class DecodingStep:
         there for as long as the surrounding autocast, which outlives the graph.
         """
         graph = torch.cuda.CUDAGraph()
+        device = self.ids.device
+        current = torch.cuda.current_stream(device)
         try:
             with torch.cuda.graph(
                 graph,
-                stream=recording_stream(self.ids.device),
+                stream=recording_stream(device),
                 capture_error_mode="thread_local",  # others may load data meanwhile
             ):
                 self.output = self._run()
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # which a failed recording leaves behind
             self.failure = str(error).partition("\n")[0]
             self._hold_states()  # nothing has run
             self.output = self._run()

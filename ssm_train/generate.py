@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ssm_train.decode_step import decoding_steps
 from ssm_train.errors import InputError, near
+from ssm_train.kernels.lora_linear import constant_factors
 from ssm_train.settings import Settings
 
 DEFAULT_NEW_TOKENS = 128
@@ -115,6 +116,7 @@ class Decoder:
         answers: list[list[int]] = [[] for _ in prompts]
         with (
             self.stepping(model, min(self.batch_size, len(prompts))),
+            constant_factors(),
             evaluation_mode(model),
             self.autocast(),
             quiet_transformers(),

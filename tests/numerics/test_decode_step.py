@@ -200,6 +200,9 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    streams: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     monkeypatch.setattr(decode_step, "recording_stream", lambda device: None)
     monkeypatch.setattr(DecodingStep, "_run_aside", DecodingStep._run)
     monkeypatch.setattr(
@@ -211,6 +214,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     with pytest.warns(UserWarning, match="one by one: operation not permitted when stream is cap"):
         found = decode(model, "auto", NONE)
     monkeypatch.undo()
+    assert streams == ["current"]
     assert found == decode(model, "eager", NONE)
 
 

@@ -3,7 +3,8 @@ frozen base weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,9 +53,8 @@ class LoraLinears(torch.autograd.Function):
         if dropout:  # the kept elements, scaled, and which they are
             a_input, keep = torch.native_dropout(x, dropout, True)
             ctx.kept_scale = 1 / (1 - dropout)
-        A = stack(As, scalings, dtype)  # [R, in], with the scaling
+        A, rows = prepare(As, Bs, scalings, dtype)
         a_outputs = a_input @ A.mT  # [T, R]
-        rows = [B.to(dtype) for B in Bs]  # type: ignore[union-attr]
         outputs = []
         for weight, bias, B, a in zip(
             weights, biases, rows, a_outputs.split(ctx.ranks, 1), strict=True
@@ -96,6 +96,36 @@ class LoraLinears(torch.autograd.Function):
                 dy.mT @ a if needs_B else None,
             ]
         return dx, None, None, None, *found
+
+
+Factors = tuple[Tensor, list[Tensor]]
+held: dict[tuple[Any, ...], Factors] | None = None
+"""What `prepare` has made of each group of factors, inside `constant_factors`."""
+
+
+@contextmanager
+def constant_factors() -> Iterator[None]:
+    """Inside, no factor changes: what a product reads of them is made once. For decoding, where
+    that would be a third of the kernels of each token."""
+    global held
+    before, held = held, {}
+    try:
+        yield
+    finally:
+        held = before
+
+
+def prepare(
+    As: Sequence[Any], Bs: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype
+) -> Factors:
+    """What products read: all A, each times its scaling [R, in], and each B [out, r]."""
+    key = (dtype, *scalings, *(factor.data_ptr() for factor in (*As, *Bs)))
+    if held is not None and key in held:
+        return held[key]
+    made = stack(As, scalings, dtype), [B.to(dtype) for B in Bs]
+    if held is not None:
+        held[key] = made
+    return made
 
 
 def stack(As: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
