@@ -107,7 +107,7 @@ class DecodingStep:
         self.name, self.cache = name, cache
         self.ids = ids.new_zeros(self.rows, 1)
         given = [container[key] for container, key in self.find_places(cache)]
-        self.states = [widen(state, self.rows) for state in given]
+        self.states = [x if len(x) == self.rows else widen(x, self.rows) for x in given]
 
     def _run(self) -> Any:
         """The step itself: what a graph holds."""
@@ -147,7 +147,7 @@ class DecodingStep:
         """Records the step and replays it; where it cannot be recorded, runs it.
 
         Inside autocast, casts of weights are found in its cache since the first token, and stay
-        there for as long as the surrounding autocast, which outlives the graph.
+        there until the surrounding autocast ends, after the last replay.
         """
         graph = torch.cuda.CUDAGraph()
         device = self.ids.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -99,32 +100,33 @@ class LoraLinears(torch.autograd.Function):
 
 
 Factors = tuple[Tensor, list[Tensor]]
-held: dict[tuple[Any, ...], Factors] | None = None
-"""What `prepare` has made of each group of factors, inside `constant_factors`."""
+held: ContextVar[dict[tuple[Any, ...], Factors] | None] = ContextVar("held", default=None)
+"""What `prepare` has made of each group of factors, inside `constant_factors`; each thread has its
+own."""
 
 
 @contextmanager
 def constant_factors() -> Iterator[None]:
     """Inside, no factor changes: what a product reads of them is made once. For decoding, where
     that would be a third of the kernels of each token."""
-    global held
-    before, held = held, {}
+    token = held.set({})
     try:
         yield
     finally:
-        held = before
+        held.reset(token)
 
 
 def prepare(
     As: Sequence[Any], Bs: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype
 ) -> Factors:
     """What products read: all A, each times its scaling [R, in], and each B [out, r]."""
+    known = held.get()
     key = (dtype, *scalings, *(factor.data_ptr() for factor in (*As, *Bs)))
-    if held is not None and key in held:
-        return held[key]
+    if known is not None and key in known:
+        return known[key]
     made = stack(As, scalings, dtype), [B.to(dtype) for B in Bs]
-    if held is not None:
-        held[key] = made
+    if known is not None:
+        known[key] = made
     return made
 
 
