@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
+from ssm_train.decode_step import decoding_steps
 from ssm_train.errors import InputError, near
+from ssm_train.kernels.lora_linear import constant_factors
 from ssm_train.settings import Settings
 
 DEFAULT_NEW_TOKENS = 128
@@ -97,6 +99,10 @@ class Decoder:
     pad_token_id: int
     batch_size: int
     autocast: Autocast
+    steps: Literal["auto", "static", "eager"] = "auto"
+    """How the tokens of an answer are computed (`decode_step`): "auto", by a CUDA graph on a GPU
+    and as transformers does elsewhere; "static", as recorded but without a graph; "eager", as
+    transformers does. Answers are the same, with beams and every other option too."""
 
     def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         """InputError for an empty prompt."""
@@ -108,12 +114,25 @@ class Decoder:
         """Answers in the order of `prompts`, without end-of-text and what follows it."""
         self.check_prompts(prompts)
         answers: list[list[int]] = [[] for _ in prompts]
-        with evaluation_mode(model), self.autocast(), quiet_transformers():
+        with (
+            self.stepping(model, min(self.batch_size, len(prompts))),
+            constant_factors(),
+            evaluation_mode(model),
+            self.autocast(),
+            quiet_transformers(),
+        ):
             for batch in self.batches(prompts):
                 decoded = self.decode_batch(model, [prompts[i] for i in batch])
                 for i, answer in zip(batch, decoded, strict=True):
                     answers[i] = answer
         return answers
+
+    def stepping(self, model: nn.Module, prompts: int) -> AbstractContextManager[None]:
+        """For batches of at most so many prompts."""
+        record = self.steps == "auto" and next(model.parameters()).is_cuda
+        if record or self.steps == "static":
+            return decoding_steps(language_model(model), prompts * self.options.num_beams, record)
+        return nullcontext()
 
     def batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Indices of prompts of similar lengths, longest first.
@@ -214,6 +233,13 @@ def unwrap(model: nn.Module) -> Any:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module
     return model
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The model whose forward `generate` calls, inside PEFT's too."""
+    inner: Any = unwrap(model)
+    base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return base
 
 
 @contextmanager

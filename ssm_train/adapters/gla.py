@@ -5,7 +5,7 @@ fla's Triton kernels run on a GPU, plain PyTorch elsewhere; nothing reads a weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from ssm_train.errors import InputError
 from ssm_train.kernels import implementation
 from ssm_train.kernels.causal_conv1d import causal_conv1d
 from ssm_train.kernels.gla import gla
+from ssm_train.kernels.gla.triton import gla_step
 from ssm_train.kernels.rms_norm import gated_rms_norm, rms_norm
 
 TRAITS = Traits(
@@ -228,6 +229,8 @@ class GatedLinearAttention(common.Part, fla_layer.GatedLinearAttention):  # type
         }
         if not uses_triton(self, q):
             return gla(q, k, v, g, **options)
+        if q.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
+            return gla_step(q, k, v, g, state), state
         if q.shape[1] == 1:
             return fused_recurrent_gla(q, k, v, g, **options)
         return chunk_gla(q, k, v, g, **options)
@@ -302,6 +305,15 @@ class GLAForCausalLM(fla_model.GLAForCausalLM):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    @staticmethod
+    def state_places(cache: Any) -> Iterator[tuple[Any, Any]]:
+        """See `decode_step.FindPlaces`: states [B, H, K, V], and windows [B, D, W] of q, k, v."""
+        for layer in cache.layers:
+            yield layer.state, "recurrent_state"
+            if layer.state["conv_state"] is not None:
+                windows = layer.state["conv_state"] = list(layer.state["conv_state"])
+                yield from ((windows, i) for i in range(len(windows)))
 
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {

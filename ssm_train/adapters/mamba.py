@@ -5,6 +5,7 @@ LoRA is alive on every projection, packed rows keep their documents apart, paddi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +189,14 @@ class LanguageModel:
             hidden_states=outputs.hidden_states,
         )
         return output if return_dict is not False else output.to_tuple()
+
+    @staticmethod
+    def state_places(cache: Any) -> Iterator[tuple[Any, Any]]:
+        """See `decode_step.FindPlaces`: windows [B, d, W], and states [B, d, n] or
+        [B, heads, head size, n]."""
+        for layer in cache.layers:
+            yield layer.conv_states, 0
+            yield layer.recurrent_states, 0
 
 
 class MambaForCausalLM(LanguageModel, stock1.MambaForCausalLM):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ssm_train.adapters.common import Fp32BiasLinear, project
-from ssm_train.kernels.lora_linear import LoraLinear, lora_linears, reference, row_norms
+from ssm_train.kernels.lora_linear import (
+    LoraLinear,
+    constant_factors,
+    lora_linears,
+    reference,
+    row_norms,
+)
 
 RANKS = (2, 3, 1)
 
@@ -48,6 +55,43 @@ def test_values_and_all_gradients_are_those_of_the_definition() -> None:
     )
     for gradient, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_factors_are_read_once_where_they_are_constant() -> None:
+    layers = make_layers(torch.float32)
+    x = torch.randn(3, 10)
+    with torch.no_grad():
+        expected = lora_linears(x, layers)
+        with constant_factors():
+            for _ in range(2):
+                torch.testing.assert_close(lora_linears(x, layers), expected, rtol=0, atol=0)
+            (single,) = lora_linears(x, layers[:1])  # another group of the same factors
+            torch.testing.assert_close(single, expected[0])
+            layers[0].A.mul_(2)
+            torch.testing.assert_close(lora_linears(x, layers), expected, rtol=0, atol=0)
+        assert not torch.equal(lora_linears(x, layers)[0], expected[0])
+
+
+def test_factors_are_constant_in_one_thread_alone() -> None:
+    layers, x = make_layers(torch.float32), torch.randn(3, 10)
+    leave = threading.Event()
+
+    def hold() -> None:
+        with constant_factors():
+            entered.set()
+            leave.wait(10)
+
+    entered = threading.Event()
+    other = threading.Thread(target=hold)
+    with torch.no_grad():
+        with constant_factors():
+            other.start()
+            assert entered.wait(10)
+        expected = lora_linears(x, layers)[0]
+        leave.set()
+        other.join()
+        layers[0].A.mul_(2)
+        assert not torch.equal(lora_linears(x, layers)[0], expected)
 
 
 def test_an_output_that_nobody_uses_has_no_part_in_the_gradient() -> None:

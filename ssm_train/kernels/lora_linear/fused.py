@@ -3,7 +3,9 @@ frozen base weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -52,9 +54,8 @@ class LoraLinears(torch.autograd.Function):
         if dropout:  # the kept elements, scaled, and which they are
             a_input, keep = torch.native_dropout(x, dropout, True)
             ctx.kept_scale = 1 / (1 - dropout)
-        A = stack(As, scalings, dtype)  # [R, in], with the scaling
+        A, rows = prepare(As, Bs, scalings, dtype)
         a_outputs = a_input @ A.mT  # [T, R]
-        rows = [B.to(dtype) for B in Bs]  # type: ignore[union-attr]
         outputs = []
         for weight, bias, B, a in zip(
             weights, biases, rows, a_outputs.split(ctx.ranks, 1), strict=True
@@ -96,6 +97,37 @@ class LoraLinears(torch.autograd.Function):
                 dy.mT @ a if needs_B else None,
             ]
         return dx, None, None, None, *found
+
+
+Factors = tuple[Tensor, list[Tensor]]
+held: ContextVar[dict[tuple[Any, ...], Factors] | None] = ContextVar("held", default=None)
+"""What `prepare` has made of each group of factors, inside `constant_factors`; each thread has its
+own."""
+
+
+@contextmanager
+def constant_factors() -> Iterator[None]:
+    """Inside, no factor changes: what a product reads of them is made once. For decoding, where
+    that would be a third of the kernels of each token."""
+    token = held.set({})
+    try:
+        yield
+    finally:
+        held.reset(token)
+
+
+def prepare(
+    As: Sequence[Any], Bs: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype
+) -> Factors:
+    """What products read: all A, each times its scaling [R, in], and each B [out, r]."""
+    known = held.get()
+    key = (dtype, *scalings, *(factor.data_ptr() for factor in (*As, *Bs)))
+    if known is not None and key in known:
+        return known[key]
+    made = stack(As, scalings, dtype), [B.to(dtype) for B in Bs]
+    if known is not None:
+        known[key] = made
+    return made
 
 
 def stack(As: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
