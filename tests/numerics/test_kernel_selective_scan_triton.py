@@ -26,6 +26,7 @@ def scan(kernel_device, monkeypatch):
     if kernel_device == "cpu":
         monkeypatch.setattr(triton, "CHUNKS", (4, 4))
         monkeypatch.setattr(triton, "PROGRAMS", 8)
+        monkeypatch.setattr(triton, "KEEP", 2)
         monkeypatch.setattr(triton, "CHANNELS", 4)
 
     def run(**inputs):
