@@ -22,7 +22,7 @@ PROGRAMS = 2048  # that fill a GPU; fewer, and segments get shorter
 # Backwards:
 KEEP = 32  # steps from one state that the forward pass keeps to the next
 GROUP = 2  # steps whose states are in registers at a time
-REGISTERS = 128  # of a thread; more, and too few programs fit a multiprocessor to hide its waiting
+REGISTERS = 128
 
 
 def selective_scan(
@@ -284,26 +284,28 @@ def _segment(i, place, CHUNK: tl.constexpr):
 
     Documents with offsets o are cut every CHUNK steps, and document i has the places from
     o[i] // CHUNK + i to the next document's: enough, and at most one too many, from which no steps
-    are left. A document without tokens has one segment.
+    are left. A document without tokens has one segment. All is found by reductions, whose results
+    the compiler knows to be those of the whole program.
     """
     if i.offsets is None:
         pieces = tl.cdiv(i.length, CHUNK)
-        document = (place // pieces).to(tl.int64)
+        document = place // pieces
         begin = document * i.length
         end = begin + i.length
         piece = place % pieces
     else:
-        document = tl.full([], -1, tl.int64)
+        document, begin, end = -1, 0, i.length
         for k in range(0, i.documents, 128):
             number = k + tl.arange(0, 128)
             exists = number < i.documents
-            offsets = tl.load(i.offsets + number, mask=exists, other=0)
-            document += tl.sum((exists & (offsets // CHUNK + number <= place)).to(tl.int32), 0)
-        begin = tl.load(i.offsets + document).to(tl.int64)
-        end = tl.load(i.offsets + document + 1).to(tl.int64)
+            offsets = tl.load(i.offsets + number, mask=exists, other=0).to(tl.int32)
+            before = exists & (offsets // CHUNK + number <= place)
+            document += tl.sum(before.to(tl.int32), 0)
+            begin = tl.maximum(begin, tl.max(tl.where(before, offsets, 0), 0))
+            end = tl.minimum(end, tl.min(tl.where(exists & (before == 0), offsets, i.length), 0))
         piece = place - (begin // CHUNK + document)
     first = begin + piece * CHUNK
-    return first, (end - first).to(tl.int32), document, piece == 0
+    return first, end - first, document.to(tl.int64), piece == 0
 
 
 @triton.jit
@@ -313,33 +315,40 @@ def _load(at, mask):
 
 
 @triton.jit
-def _load_matrix(x, stride, own, t, n, d, has_n, has):
-    """A step of B or C, as stored: [N, 1], or [N, D] where each channel has its own."""
-    if own is None:
-        return _load(x + t * stride + n, has_n)[:, None]
-    else:
-        return _load(x + t * stride + n[:, None] * own + d[None, :], has)
+def _row(x, stride, first, step):
+    """The row of a step of a segment. Only the way to the segment's first row may be long."""
+    return x + first.to(tl.int64) * stride + step * stride
 
 
 @triton.jit
-def _load_inputs(i, t, n, d, has_n, has_d, has):
+def _load_matrix(x, stride, own, first, step, n, d, has_n, has):
+    """A step of B or C, as stored: [N, 1], or [N, D] where each channel has its own."""
+    row = _row(x, stride, first, step)
+    if own is None:
+        return _load(row + n, has_n)[:, None]
+    else:
+        return _load(row + (n[:, None] * own + d[None, :]), has)
+
+
+@triton.jit
+def _load_inputs(i, first, step, n, d, has_n, has_d, has):
     """dt, u and B of a step, as stored."""
     return (
-        _load(i.dt + t * i.dt_stride + d, has_d),
-        _load(i.u + t * i.u_stride + d, has_d),
-        _load_matrix(i.B, i.B_stride, i.B_channels, t, n, d, has_n, has),
+        _load(_row(i.dt, i.dt_stride, first, step) + d, has_d),
+        _load(_row(i.u, i.u_stride, first, step) + d, has_d),
+        _load_matrix(i.B, i.B_stride, i.B_channels, first, step, n, d, has_n, has),
     )
 
 
 @triton.jit
-def _load_outputs(i, grad_y, t, n, d, has_n, has_d, has):
+def _load_outputs(i, grad_y, first, step, n, d, has_n, has_d, has):
     """C, the gradient of y, and z (or something instead), as stored."""
-    C = _load_matrix(i.C, i.C_stride, i.C_channels, t, n, d, has_n, has)
-    gated = _load(grad_y + t * i.channels + d, has_d)
+    C = _load_matrix(i.C, i.C_stride, i.C_channels, first, step, n, d, has_n, has)
+    gated = _load(_row(grad_y, i.channels, first, step) + d, has_d)
     if i.z is None:
         return C, gated, gated
     else:
-        return C, gated, _load(i.z + t * i.z_stride + d, has_d)
+        return C, gated, _load(_row(i.z, i.z_stride, first, step) + d, has_d)
 
 
 @triton.jit
@@ -374,7 +383,7 @@ def _state_before(i, entering, t, begins, document, place, has, KEEP: tl.constex
         if i.initial is not None:
             state = _load(i.initial + document * i.states * i.channels + place, has)
     else:
-        state = _load(entering + (t // KEEP) * i.states * i.channels + place, has)
+        state = _load(entering + (t // KEEP).to(tl.int64) * i.states * i.channels + place, has)
     return state
 
 
@@ -394,14 +403,14 @@ def _sum_segments(
     if begins:
         state = _state_before(i, entering, first, begins, document, place, has, KEEP)
     duration = tl.zeros([CHANNELS], tl.float32)
-    stored, u, B = _load_inputs(i, first, n, d, has_n, has_d, has)
+    stored, u, B = _load_inputs(i, first, 0, n, d, has_n, has_d, has)
     for step in range(CHUNK):
-        later = _load_inputs(i, first + step + 1, n, d, has_n, has_d, has)
+        later = _load_inputs(i, first, step + 1, n, d, has_n, has_d, has)
         dt = _step_size(stored, SOFTPLUS)
         state = _advance(a, state, dt, u.to(tl.float32), B)
         duration += dt
         stored, u, B = later
-    at = (first + CHUNK) // KEEP * i.states * i.channels + place
+    at = ((first + CHUNK) // KEEP).to(tl.int64) * i.states * i.channels + place
     tl.store(entering + at, state, mask=has)
     tl.store(durations + first // CHUNK * i.channels + d, duration, mask=has_d)
 
@@ -427,7 +436,7 @@ def _pass_states(
         for k in tl.static_range(AHEAD):
             exists = begin + k < segments
             t = first + CHUNK * (segments - begin - k if REVERSE else begin + k)
-            at = states + (t // EVERY) * i.states * i.channels + place
+            at = states + (t // EVERY).to(tl.int64) * i.states * i.channels + place
             has_d = d < _only_if(exists, i.channels)
             has = (n < i.states)[:, None] & has_d[None, :]
             over = durations + (t // CHUNK - (0 if REVERSE else 1)) * i.channels + d
@@ -457,20 +466,21 @@ def _outputs(
     steps = tl.minimum(left, CHUNK)
     for begin in range(0, steps, KEEP):
         if begin > 0:
-            tl.store(entering + ((first + begin) // KEEP) * size + place, state, mask=has)
+            tl.store(
+                entering + ((first + begin) // KEEP).to(tl.int64) * size + place, state, mask=has
+            )
         end = tl.minimum(begin + KEEP, steps)
-        stored, u, B = _load_inputs(i, first + begin, n, d, has_n, has_d, has)
+        stored, u, B = _load_inputs(i, first, begin, n, d, has_n, has_d, has)
         for step in range(begin, end):
-            t = first + step
-            later = _load_inputs(i, first + tl.minimum(step + 1, end - 1), n, d, has_n, has_d, has)
-            C = _load_matrix(i.C, i.C_stride, i.C_channels, t, n, d, has_n, has)
+            later = _load_inputs(i, first, tl.minimum(step + 1, end - 1), n, d, has_n, has_d, has)
+            C = _load_matrix(i.C, i.C_stride, i.C_channels, first, step, n, d, has_n, has)
             u = u.to(tl.float32)
             state = _advance(a, state, _step_size(stored, SOFTPLUS), u, B)
             output = tl.sum(state * C.to(tl.float32), 0) + D * u
             if i.z is not None:
-                z = _load(i.z + t * i.z_stride + d, has_d).to(tl.float32)
+                z = _load(_row(i.z, i.z_stride, first, step) + d, has_d).to(tl.float32)
                 output *= z * _sigmoid(z)
-            tl.store(y + t * i.channels + d, output, mask=has_d)
+            tl.store(_row(y, i.channels, first, step) + d, output, mask=has_d)
             stored, u, B = later
     if final is not None:
         if left <= CHUNK:
@@ -483,7 +493,7 @@ def _adjoint_after(i, grad_final, adjoints, first, left, document, place, has, C
     adjoint = tl.zeros(place.shape, tl.float32)
     if left > CHUNK:
         if adjoints is not None:
-            at = adjoints + (first // CHUNK + 1) * i.states * i.channels + place
+            at = adjoints + (first // CHUNK + 1).to(tl.int64) * i.states * i.channels + place
             adjoint = _load(at, has)
     else:
         if grad_final is not None:
@@ -505,18 +515,29 @@ def _sum_segments_back(
         return
     adjoint = _adjoint_after(i, grad_final, None, first, left, document, place, has, CHUNK)
     steps = tl.minimum(left, CHUNK)
-    t = first + steps - 1
-    stored = _load(i.dt + t * i.dt_stride + d, has_d)
-    C, gated, z = _load_outputs(i, grad_y, t, n, d, has_n, has_d, has)
+    step = steps - 1
+    stored = _load(_row(i.dt, i.dt_stride, first, step) + d, has_d)
+    C, gated, z = _load_outputs(i, grad_y, first, step, n, d, has_n, has_d, has)
     for _ in range(steps):
-        t = tl.maximum(t - 1, first)
-        later = _load_outputs(i, grad_y, t, n, d, has_n, has_d, has)
-        stored_later = _load(i.dt + t * i.dt_stride + d, has_d)
+        step = tl.maximum(step - 1, 0)
+        later = _load_outputs(i, grad_y, first, step, n, d, has_n, has_d, has)
+        stored_later = _load(_row(i.dt, i.dt_stride, first, step) + d, has_d)
         adjoint += _ungate(i, gated, z)[None, :] * C.to(tl.float32)
         adjoint *= _exp2(_step_size(stored, SOFTPLUS)[None, :] * a)
         C, gated, z = later
         stored = stored_later
-    tl.store(adjoints + (first // CHUNK) * i.states * i.channels + place, adjoint, mask=has)
+    tl.store(
+        adjoints + (first // CHUNK).to(tl.int64) * i.states * i.channels + place, adjoint, mask=has
+    )
+
+
+@triton.jit
+def _take(taken):
+    """The number of a segment that no program for these channels has had. A reduction, as in
+    `_segment`, over one lane that counts."""
+    lane = tl.arange(0, 32)
+    numbers = tl.atomic_add(taken + tl.program_id(0) + 0 * lane, 1, mask=lane == 0)
+    return tl.max(tl.where(lane == 0, numbers, 0), 0)
 
 
 @triton.jit
@@ -532,7 +553,7 @@ def _gradients(
     if i.D is not None:
         D = _load(i.D + d, has_d)
     groups += tl.program_id(1).to(tl.int64) * tl.cdiv(KEEP, GROUP) * size + place
-    number = tl.atomic_add(taken + tl.program_id(0), 1)
+    number = _take(taken)
     while number < segments:
         first, left, document, begins = _segment(i, number, CHUNK)
         steps = tl.minimum(left, CHUNK)
@@ -553,8 +574,8 @@ def _gradients(
             tl.store(groups, state, mask=has)
             for group in range(1, count):
                 for k in tl.static_range(GROUP):
-                    t = first + begin + (group - 1) * GROUP + k
-                    stored, u, B = _load_inputs(i, t, n, d, has_n, has_d, has)
+                    step = begin + (group - 1) * GROUP + k
+                    stored, u, B = _load_inputs(i, first, step, n, d, has_n, has_d, has)
                     state = _advance(a, state, _step_size(stored, SOFTPLUS), u.to(tl.float32), B)
                 tl.store(groups + group * size, state, mask=has)
             tl.debug_barrier()
@@ -566,10 +587,10 @@ def _gradients(
                 after = (state,)  # the group's states, and what it continues
                 rows = ()
                 for k in tl.static_range(GROUP):
-                    t = first + tl.minimum(step + k, end - 1)
+                    at = tl.minimum(step + k, end - 1)
                     exists = d < _only_if(step + k < end, i.channels)  # a step behind the end: 0
-                    stored, u, B = _load_inputs(i, t, n, d, has_n, has_d, has)
-                    C, gated, z = _load_outputs(i, grad_y, t, n, d, has_n, has_d, has)
+                    stored, u, B = _load_inputs(i, first, at, n, d, has_n, has_d, has)
+                    C, gated, z = _load_outputs(i, grad_y, first, at, n, d, has_n, has_d, has)
                     u = u.to(tl.float32)
                     dt = tl.where(exists, _step_size(stored, SOFTPLUS), 0.0)
                     gated = tl.where(exists, gated.to(tl.float32), 0.0)
@@ -580,22 +601,28 @@ def _gradients(
                     after += (state,)
                 for k in tl.static_range(GROUP - 1, -1, -1):
                     stored, u, B, C, dt, gated, z, exists = rows[k]
-                    t = first + step + k
-                    at = t * i.channels + d
                     ungated = _ungate(i, gated, z)
                     if i.z is not None:
                         output = tl.sum(after[k + 1] * C, 0) + D * u
                         z = z.to(tl.float32)
                         s = _sigmoid(z)
-                        tl.store(grad_z + at, gated * output * s * (1 + z * (1 - s)), mask=exists)
+                        tl.store(
+                            _row(grad_z, i.channels, first, step + k) + d,
+                            gated * output * s * (1 + z * (1 - s)),
+                            mask=exists,
+                        )
                     has_step = n < _only_if(step + k < end, i.states)
                     by_C = after[k + 1] * ungated[None, :]
-                    _store_matrix(grad_C, i.C_channels, by_C, t, n, d, has_step, i)
+                    _store_matrix(grad_C, i.C_channels, by_C, first, step + k, n, d, has_step, i)
                     adjoint = ungated[None, :] * C + passed
                     by_B = adjoint * (dt * u)[None, :]
-                    _store_matrix(grad_B, i.B_channels, by_B, t, n, d, has_step, i)
+                    _store_matrix(grad_B, i.B_channels, by_B, first, step + k, n, d, has_step, i)
                     by_input = tl.sum(adjoint * B, 0)
-                    tl.store(grad_u + at, dt * by_input + ungated * D, mask=exists)
+                    tl.store(
+                        _row(grad_u, i.channels, first, step + k) + d,
+                        dt * by_input + ungated * D,
+                        mask=exists,
+                    )
                     passed = _exp2(dt[None, :] * a) * adjoint
                     by_exponent = passed * after[k]
                     if grad_A is not None:
@@ -603,7 +630,7 @@ def _gradients(
                     by_step = u * by_input + tl.sum(by_exponent * a, 0) * 0.6931471805599453
                     if SOFTPLUS:
                         by_step *= _sigmoid(stored.to(tl.float32))
-                    tl.store(grad_dt + at, by_step, mask=exists)
+                    tl.store(_row(grad_dt, i.channels, first, step + k) + d, by_step, mask=exists)
                     if grad_D is not None:
                         sum_D += ungated * u
             tl.debug_barrier()
@@ -614,16 +641,16 @@ def _gradients(
         if i.initial is not None:
             if begins:
                 tl.store(grad_initial + document * size + place, passed, mask=has)
-        number = tl.atomic_add(taken + tl.program_id(0), 1)
+        number = _take(taken)
 
 
 @triton.jit
-def _store_matrix(grad, own, by_channel, t, n, d, has_n, i):
+def _store_matrix(grad, own, by_channel, first, step, n, d, has_n, i):
     """The gradient [N, D] of a step of B or C: of a shared one, the sum over these channels."""
     if own is None:
-        steps = i.length if i.offsets is not None else i.documents * i.length
-        at = grad + (tl.program_id(0) * steps.to(tl.int64) + t) * i.states + n
-        tl.store(at, tl.sum(by_channel, 1), mask=has_n)
+        rows = i.documents if i.offsets is None else 1
+        grad += tl.program_id(0).to(tl.int64) * rows * i.length * i.states
+        tl.store(_row(grad, i.states, first, step) + n, tl.sum(by_channel, 1), mask=has_n)
     else:
-        at = grad + (t * i.states + n[:, None]) * own + d[None, :]
+        at = _row(grad, i.states * own, first, step) + (n[:, None] * own + d[None, :])
         tl.store(at, by_channel, mask=has_n[:, None] & (d < own)[None, :])
