@@ -34,6 +34,7 @@ def scan(kernel_device, monkeypatch):
         y, state = triton.selective_scan(**{"output_final_state": True, **inputs})
         return y.cpu(), None if state is None else state.cpu()
 
+    run.chunk = triton.CHUNKS[0]  # inputs are so small that segments are as short as can be
     run.lengths = (1, 128, 300) if kernel_device == "cuda" else (1, 4, 11)
     return run
 
@@ -58,6 +59,52 @@ def test_documents_are_apart(scan, boundary):
         for op in (scan, lambda **v: reference.selective_scan(**v, output_final_state=True))
     ]
     assert_close(*results)
+
+
+DOCUMENTS = {  # for segments of at most c steps
+    "around a segment": lambda c: [c, c + 1, 1, 0, 2 * c, c - 1],
+    "one": lambda c: [3 * c + 1],
+    "of a step each": lambda c: [1] * (2 * c + 1),
+    "without tokens": lambda c: [0, 0, 2, 0, 2 * c + 1, 0, 0],
+}
+
+
+@pytest.mark.parametrize("case", DOCUMENTS)
+def test_documents_of_every_length(scan, case):
+    lengths = DOCUMENTS[case](scan.chunk)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = make_inputs(rows=1, length=sum(lengths), documents=len(lengths))
+    results = [
+        value_and_gradients(lambda op=op, **v: op(**v, cu_seqlens=offsets), inputs)
+        for op in (scan, lambda **v: reference.selective_scan(**v, output_final_state=True))
+    ]
+    assert_close(*results)
+
+
+def test_more_documents_than_are_looked_at_together(scan):
+    """A program looks for its segment among 128 documents at a time."""
+    offsets = torch.arange(0, 131, dtype=torch.int32)
+    inputs = make_inputs(rows=1, length=130, channels=1, states=1, documents=1)
+    with torch.no_grad():
+        expected, _ = reference.selective_scan(**inputs, cu_seqlens=offsets)
+        found, _ = scan(**inputs, cu_seqlens=offsets, output_final_state=False)
+    assert_close([found], [expected])
+
+
+def test_frozen_weights_have_no_gradient(scan):
+    inputs = make_inputs(length=scan.lengths[-1])
+    expected = dict(zip(NAMES, value_and_gradients(scan, inputs)[2:], strict=True))
+    for name in ("A", "D"):
+        inputs[name] = inputs[name].detach()
+    y, state = scan(**inputs)
+    trained = {k: v for k, v in inputs.items() if v.requires_grad}
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (v * torch.randn(v.shape, generator=generator, dtype=torch.float64)).sum()
+        for v in (y.double(), state.double())
+    )
+    gradients = torch.autograd.grad(loss, list(trained.values()))
+    assert all(map(torch.equal, gradients, (expected[k] for k in trained)))
 
 
 @pytest.mark.parametrize("poison", [1e30, float("nan")])

@@ -150,7 +150,7 @@ class _Scan(torch.autograd.Function):
         if length > chunk:
             _sum_segments[grid](inputs, entering, durations, **sizes)
             _pass_states[grid](
-                inputs, entering, durations, EVERY=sizes["KEEP"], AHEAD=8, REVERSE=False, **sizes
+                inputs, entering, durations, EVERY=sizes["KEEP"], AHEAD=4, REVERSE=False, **sizes
             )
         _outputs[grid](inputs, entering, y, final if final_states else None, **sizes)
         ctx.save_for_backward(u, dt, A, B, C, D, z, initial, offsets, entering, durations)
@@ -168,7 +168,7 @@ class _Scan(torch.autograd.Function):
         if inputs.length > sizes["CHUNK"]:
             _sum_segments_back[ctx.grid](inputs, *outer, adjoints, **sizes)
             _pass_states[ctx.grid](
-                inputs, adjoints, durations, EVERY=sizes["CHUNK"], AHEAD=8, REVERSE=True, **sizes
+                inputs, adjoints, durations, EVERY=sizes["CHUNK"], AHEAD=4, REVERSE=True, **sizes
             )
         # Each program has memory for the states before the groups of KEEP steps. It takes one
         # segment after the other, the next that none has taken.
@@ -395,10 +395,10 @@ def _sum_segments(
 ):  # fmt: skip
     """For each segment that another continues: what it makes of a state of 0, or of its document's
     initial state, in place of the state that enters the other; and the sum of its dt."""
-    n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
     first, left, document, begins = _segment(i, tl.program_id(1), CHUNK)
     if left <= CHUNK:
         return
+    n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
     state = tl.zeros([STATES, CHANNELS], tl.float32)
     if begins:
         state = _state_before(i, entering, first, begins, document, place, has, KEEP)
@@ -425,10 +425,10 @@ def _pass_states(
     """From the first or the last segment of a document, adds to each share of a state or adjoint
     the one before it, after or before a segment's decay. That before step t is number t // EVERY.
     """
-    n, d, place, _, _, _, a = _place(i, STATES, CHANNELS, FULL)
     first, left, _, begins = _segment(i, tl.program_id(1), CHUNK)
     if not begins:
         return
+    n, d, place, _, _, _, a = _place(i, STATES, CHANNELS, FULL)
     segments = tl.cdiv(left, CHUNK)
     state = tl.zeros([STATES, CHANNELS], tl.float32)
     for begin in range(1, segments, AHEAD):
@@ -454,10 +454,10 @@ def _outputs(
     STATES: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """y, the states that are kept inside of segments, and those after documents."""
-    n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
     first, left, document, begins = _segment(i, tl.program_id(1), CHUNK)
     if (left <= 0) & (begins == 0):
         return
+    n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
     size = i.states * i.channels
     state = _state_before(i, entering, first, begins, document, place, has, KEEP)
     D = tl.zeros([CHANNELS], tl.float32)
@@ -509,10 +509,10 @@ def _sum_segments_back(
 ):  # fmt: skip
     """What each segment that does not begin its document adds to the adjoint of the state that
     enters it."""
-    n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
     first, left, document, begins = _segment(i, tl.program_id(1), CHUNK)
     if begins | (left <= 0):
         return
+    n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
     adjoint = _adjoint_after(i, grad_final, None, first, left, document, place, has, CHUNK)
     steps = tl.minimum(left, CHUNK)
     step = steps - 1
