@@ -18,6 +18,7 @@ from ssm_train.kernels.rows import by_rows
 
 CHANNELS = 32  # of a program. It is one warp, so that no sum over states waits for another
 CHUNKS = (16, 128)  # steps of a segment at most: least and most
+OFFSETS = tl.constexpr(128)  # of documents, that a program looks at together
 PROGRAMS = 2048  # that fill a GPU; fewer, and segments get shorter
 # Backwards:
 KEEP = 32  # steps from one state that the forward pass keeps to the next
@@ -256,7 +257,7 @@ def _softplus(x):
     e = _exp2(tl.abs(x) * -1.4426950408889634)
     s = e / (2 + e)  # in [0, 1/3]
     q = s * s
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13)))))
+    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
     return tl.maximum(x, 0.0) + 2 * s * series
 
 
@@ -282,10 +283,10 @@ def _segment(i, place, CHUNK: tl.constexpr):
     """A segment's first step; the steps from there to its document's end; its document; and
     whether it begins it.
 
-    Documents with offsets o are cut every CHUNK steps, and document i has the places from
-    o[i] // CHUNK + i to the next document's: enough, and at most one too many, from which no steps
-    are left. A document without tokens has one segment. All is found by reductions, whose results
-    the compiler knows to be those of the whole program.
+    `place` counts segments. Documents with offsets o are cut every CHUNK steps, and document i has
+    the places from o[i] // CHUNK + i to the next document's: enough, and at most one too many, from
+    which no steps are left. A document without tokens has one segment. All is found by reductions,
+    whose results the compiler knows to be those of the whole program.
     """
     if i.offsets is None:
         pieces = tl.cdiv(i.length, CHUNK)
@@ -295,8 +296,8 @@ def _segment(i, place, CHUNK: tl.constexpr):
         piece = place % pieces
     else:
         document, begin, end = -1, 0, i.length
-        for k in range(0, i.documents, 128):
-            number = k + tl.arange(0, 128)
+        for k in range(0, i.documents, OFFSETS):
+            number = k + tl.arange(0, OFFSETS)
             exists = number < i.documents
             offsets = tl.load(i.offsets + number, mask=exists, other=0).to(tl.int32)
             before = exists & (offsets // CHUNK + number <= place)
@@ -442,9 +443,8 @@ def _pass_states(
             over = durations + (t // CHUNK - (0 if REVERSE else 1)) * i.channels + d
             loaded += ((at, has, _load(at, has), _load(over, has_d)),)
         for k in tl.static_range(AHEAD):
-            at, has, added, duration = loaded[k]
-            state = _exp2(duration[None, :] * a) * state + added
-            tl.store(at, state, mask=has)
+            state = _exp2(loaded[k][3][None, :] * a) * state + loaded[k][2]
+            tl.store(loaded[k][0], state, mask=loaded[k][1])
 
 
 @triton.jit
@@ -536,7 +536,7 @@ def _take(taken):
     """The number of a segment that no program for these channels has had. A reduction, as in
     `_segment`, over one lane that counts."""
     lane = tl.arange(0, 32)
-    numbers = tl.atomic_add(taken + tl.program_id(0) + 0 * lane, 1, mask=lane == 0)
+    numbers = tl.atomic_add(taken + tl.program_id(0) + 0 * lane, 1, mask=lane == 0, sem="relaxed")
     return tl.max(tl.where(lane == 0, numbers, 0), 0)
 
 
