@@ -16,6 +16,7 @@ from test_kernel_selective_scan import (
     scan_by_the_paper,
     value_and_gradients,
 )
+from triton import language as tl
 
 from ssm_train.kernels.selective_scan import reference, triton
 
@@ -26,6 +27,8 @@ def scan(kernel_device, monkeypatch):
     if kernel_device == "cpu":
         monkeypatch.setattr(triton, "CHUNKS", (4, 4))
         monkeypatch.setattr(triton, "PROGRAMS", 8)
+        monkeypatch.setattr(triton, "KEEP", 2)
+        monkeypatch.setattr(triton, "OFFSETS", tl.constexpr(2))
         monkeypatch.setattr(triton, "CHANNELS", 4)
 
     def run(**inputs):
@@ -33,6 +36,7 @@ def scan(kernel_device, monkeypatch):
         y, state = triton.selective_scan(**{"output_final_state": True, **inputs})
         return y.cpu(), None if state is None else state.cpu()
 
+    run.chunk = triton.CHUNKS[0]  # inputs are so small that segments are as short as can be
     run.lengths = (1, 128, 300) if kernel_device == "cuda" else (1, 4, 11)
     return run
 
@@ -57,6 +61,42 @@ def test_documents_are_apart(scan, boundary):
         for op in (scan, lambda **v: reference.selective_scan(**v, output_final_state=True))
     ]
     assert_close(*results)
+
+
+DOCUMENTS = {  # for segments of at most c steps
+    "around a segment": lambda c: [c, c + 1, 1, 0, 2 * c, c - 1],
+    "one": lambda c: [3 * c + 1],
+    "of a step each": lambda c: [1] * (c * c // 2 + 1),
+    "without tokens": lambda c: [0, 0, 2, 0, 2 * c + 1, 0, 0],
+}
+
+
+@pytest.mark.parametrize("case", DOCUMENTS)
+def test_documents_of_every_length(scan, case):
+    lengths = DOCUMENTS[case](scan.chunk)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = make_inputs(rows=1, length=sum(lengths), documents=len(lengths))
+    results = [
+        value_and_gradients(lambda op=op, **v: op(**v, cu_seqlens=offsets), inputs)
+        for op in (scan, lambda **v: reference.selective_scan(**v, output_final_state=True))
+    ]
+    assert_close(*results)
+
+
+def test_frozen_weights_have_no_gradient(scan):
+    inputs = make_inputs(rows=1, length=scan.lengths[-1], channels=3)
+    expected = dict(zip(NAMES, value_and_gradients(scan, inputs)[2:], strict=True))
+    for name in ("A", "D"):
+        inputs[name] = inputs[name].detach()
+    y, state = scan(**inputs)
+    trained = {k: v for k, v in inputs.items() if v.requires_grad}
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (v * torch.randn(v.shape, generator=generator, dtype=torch.float64)).sum()
+        for v in (y.double(), state.double())
+    )
+    gradients = torch.autograd.grad(loss, list(trained.values()))
+    assert all(map(torch.equal, gradients, (expected[k] for k in trained)))
 
 
 @pytest.mark.parametrize("poison", [1e30, float("nan")])
@@ -115,6 +155,8 @@ def test_slices_of_a_projection_and_no_optional_inputs(scan):
     expected, _ = by(reference.selective_scan, wide, **inputs)
     assert found[1] is None
     assert_close(found[:1], [expected])
+    with torch.no_grad():  # no states are kept
+        assert torch.equal(by(scan, wide, **inputs, output_final_state=False)[0], found[0])
     gradients = [torch.autograd.grad(y.square().sum(), wide)[0] for y in (found[0], expected)]
     assert_close(gradients[:1], gradients[1:])
 

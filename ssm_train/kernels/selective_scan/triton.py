@@ -1,4 +1,4 @@
-"""Selective scan in Triton: chunks of time side by side, states passed between them.
+"""Selective scan in Triton: segments of documents side by side, states passed between them.
 
 Nothing is tuned at run time: a first step waits for one compilation of each kernel. Constants are
 the best that were seen on an H100.
@@ -17,11 +17,13 @@ from torch.autograd.function import once_differentiable
 from ssm_train.kernels.rows import by_rows
 
 CHANNELS = 32  # of a program. It is one warp, so that no sum over states waits for another
-CHUNKS = (16, 128)  # steps of a program, least and most; a state is kept for each chunk
-PROGRAMS = 2048  # that fill a GPU; fewer, and chunks get shorter
+CHUNKS = (16, 128)  # steps of a segment at most: least and most
+OFFSETS = tl.constexpr(128)  # of documents, that a program looks at together
+PROGRAMS = 2048  # that fill a GPU; fewer, and segments get shorter
 # Backwards:
+KEEP = 32  # steps from one state that the forward pass keeps to the next
 GROUP = 2  # steps whose states are in registers at a time
-REGISTERS = 128  # of a thread; more, and too few programs fit a multiprocessor to hide its waiting
+REGISTERS = 128
 
 
 def selective_scan(
@@ -39,8 +41,8 @@ def selective_scan(
     dt_softplus: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See `reference.selective_scan`; everything is computed in fp32."""
+    assert cu_seqlens is None or len(u) == 1, u.shape
     count = len(u) if cu_seqlens is None else cu_seqlens.numel() - 1
-    starting, ending = (None, None) if cu_seqlens is None else mark_documents(cu_seqlens, u.shape)
     if initial_state is not None:
         initial_state = initial_state.float().mT.expand(count, -1, -1).contiguous()
     y, final = _Scan.apply(
@@ -52,28 +54,12 @@ def selective_scan(
         None if D is None else D.float(),
         None if z is None else by_rows(z),
         initial_state,
-        starting,
-        ending,
+        cu_seqlens,
         count if output_final_state else 0,
         dt_softplus,
+        torch.is_grad_enabled(),
     )
-    if not output_final_state:
-        return y, None
-    if cu_seqlens is not None:  # a document without tokens ends where it starts
-        start = 0.0 if initial_state is None else initial_state
-        final = torch.where(cu_seqlens.diff()[:, None, None] == 0, start, final)
-    return y, final.mT
-
-
-def mark_documents(cu_seqlens: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """For each step of one row [T] int32: the document that starts there, and that ends there,
-    or -1."""
-    assert shape[0] == 1, shape
-    steps = torch.arange(-1, shape[1] + 1, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    documents = torch.searchsorted(cu_seqlens, steps, right=True, out_int32=True) - 1
-    changes = documents[1:] != documents[:-1]
-    inner = documents[1:-1]
-    return torch.where(changes[:-1], inner, -1), torch.where(changes[1:], inner, -1)
+    return y, final.mT if output_final_state else None
 
 
 class Inputs(NamedTuple):
@@ -94,8 +80,8 @@ class Inputs(NamedTuple):
     z_stride: int
     D: Any  # [d] fp32 or None
     initial: Any  # [documents, n, d] fp32 or None
-    starting: Any  # [T] int32 for B = 1, see `mark_documents`; None: each row is a document
-    ending: Any
+    offsets: Any  # [documents + 1] for B = 1; None: each row is a document
+    documents: int
     length: int
     channels: int
     states: int
@@ -111,21 +97,24 @@ class Inputs(NamedTuple):
         D: Tensor | None,
         z: Tensor | None,
         initial: Tensor | None,
-        starting: Tensor | None,
-        ending: Tensor | None,
+        offsets: Tensor | None,
     ) -> Inputs:
-        channels = u.shape[2]
+        rows, length, channels = u.shape
         return cls(
             u, u.stride(1), dt, dt.stride(1), A,
             B, B.stride(1), None if B.ndim == 3 else channels,
             C, C.stride(1), None if C.ndim == 3 else channels,
-            z, 0 if z is None else z.stride(1), D, initial, starting, ending,
-            u.shape[1], channels, len(A),
+            z, 0 if z is None else z.stride(1), D, initial,
+            offsets, rows if offsets is None else len(offsets) - 1,
+            length, channels, len(A),
         )  # fmt: skip
 
 
 class _Scan(torch.autograd.Function):
-    """Tensors as in `Inputs` -> y [B, T, d], final [documents, n, d] (none of them: empty)."""
+    """Tensors as in `Inputs` -> y [B, T, d], final [documents, n, d] (none of them: empty).
+
+    `trained`: the backward pass will be asked for.
+    """
 
     @staticmethod
     def forward(
@@ -138,61 +127,70 @@ class _Scan(torch.autograd.Function):
         D: Tensor | None,
         z: Tensor | None,
         initial: Tensor | None,
-        starting: Tensor | None,
-        ending: Tensor | None,
+        offsets: Tensor | None,
         final_states: int,
         dt_softplus: bool,
+        trained: bool,
     ) -> tuple[Tensor, Tensor]:
-        inputs = Inputs.of(u, dt, A, B, C, D, z, initial, starting, ending)
-        blocks = triton.cdiv(u.shape[2], CHANNELS)
-        chunk = choose_chunk(u.shape[1], blocks * len(u))
-        grid = blocks, triton.cdiv(u.shape[1], chunk), len(u)
+        inputs = Inputs.of(u, dt, A, B, C, D, z, initial, offsets)
+        rows, length, channels = u.shape
+        blocks, states = triton.cdiv(channels, CHANNELS), triton.next_power_of_2(len(A))
+        chunk = choose_chunk(rows * length, blocks)
         sizes = {
-            "CHUNK": chunk, "SOFTPLUS": dt_softplus,
-            "STATES": triton.next_power_of_2(len(A)), "CHANNELS": CHANNELS, "num_warps": 1,
+            "CHUNK": chunk, "KEEP": min(chunk, KEEP) if trained else chunk,
+            "SOFTPLUS": dt_softplus, "STATES": states, "CHANNELS": CHANNELS,
+            "FULL": channels % CHANNELS == 0 and states == len(A), "num_warps": 1,
         }  # fmt: skip
+        grid = blocks, count_segments(inputs, chunk)
         y = torch.empty_like(u, memory_format=torch.contiguous_format)
         final = A.new_empty((final_states, *A.shape))
-        entering = decays = None  # [B, chunks, n, d]
-        if grid[1] > 1:
-            entering, decays = A.new_empty((2, len(u), grid[1], *A.shape))
-            _sum_chunks[grid](inputs, entering, decays, **sizes)
-            pass_states(entering, decays, reverse=False)
+        # The state before step t of all rows, if it is kept, is number t // KEEP. Two such steps
+        # of a document, or in two documents, are KEEP steps apart: none begins a document.
+        entering = A.new_empty((triton.cdiv(rows * length, sizes["KEEP"]), *A.shape))
+        durations = A.new_zeros((triton.cdiv(rows * length, chunk), channels))
+        if length > chunk:
+            _sum_segments[grid](inputs, entering, durations, **sizes)
+            _pass_states[grid](
+                inputs, entering, durations, EVERY=sizes["KEEP"], AHEAD=4, REVERSE=False, **sizes
+            )
         _outputs[grid](inputs, entering, y, final if final_states else None, **sizes)
-        ctx.save_for_backward(u, dt, A, B, C, D, z, initial, starting, ending, entering, decays)
+        ctx.save_for_backward(u, dt, A, B, C, D, z, initial, offsets, entering, durations)
         ctx.grid, ctx.sizes, ctx.has_final = grid, sizes, final_states > 0
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, entering, decays = ctx.saved_tensors
-        inputs, grid, sizes = Inputs.of(*tensors), ctx.grid, ctx.sizes
-        u, dt, A, B, C, D, z, initial, _, _ = tensors
-        blocks, chunks, batch = grid
+        *tensors, entering, durations = ctx.saved_tensors
+        inputs, (blocks, segments), sizes = Inputs.of(*tensors), ctx.grid, ctx.sizes
+        u, dt, A, B, C, D, z, initial, _ = tensors
         outer = grad_y.contiguous(), grad_final.contiguous() if ctx.has_final else None
-        adjoints = None
-        if chunks > 1:
-            adjoints = torch.empty_like(entering)
-            _sum_chunks_back[grid](inputs, *outer, adjoints, **sizes)
-            pass_states(adjoints, decays, reverse=True)
-        # Each program has memory for the state before each group of its chunk, and goes on with
-        # another chunk in the same memory.
-        at_once = min(chunks, triton.cdiv(PROGRAMS, blocks * batch))
-        groups = A.new_empty((batch, at_once, sizes["CHUNK"] // GROUP, *A.shape))
+        adjoints = A.new_empty((len(durations), *A.shape))
+        if inputs.length > sizes["CHUNK"]:
+            _sum_segments_back[ctx.grid](inputs, *outer, adjoints, **sizes)
+            _pass_states[ctx.grid](
+                inputs, adjoints, durations, EVERY=sizes["CHUNK"], AHEAD=4, REVERSE=True, **sizes
+            )
+        # Each program has memory for the states before the groups of KEEP steps. It takes one
+        # segment after the other, the next that none has taken.
+        programs = min(segments, triton.cdiv(PROGRAMS, blocks))
+        taken = torch.zeros(blocks, dtype=torch.int32, device=u.device)
+        groups = A.new_empty((programs, triton.cdiv(sizes["KEEP"], GROUP), *A.shape))
         grad_u, grad_dt, grad_z = (
             None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
             for x in (u, dt, z)
         )
         # What many programs have a share of is summed at the end, in an order that is always one.
-        grad_A = A.new_empty((batch, chunks, *A.shape))
+        grad_A, grad_D = (
+            A.new_empty((segments, *x.shape)) if ctx.needs_input_grad[k] else None
+            for k, x in ((2, A), (5, D))
+        )
         grad_B, grad_C = (
             A.new_empty((blocks, *x.shape) if x.ndim == 3 else x.shape) for x in (B, C)
         )
-        grad_D = None if D is None else A.new_empty((batch, chunks, *D.shape))
-        grad_initial = None if initial is None else torch.zeros_like(initial)
-        _gradients[blocks, at_once, batch](
-            inputs, *outer, entering, adjoints, groups, chunks,
+        grad_initial = None if initial is None else torch.empty_like(initial)
+        _gradients[blocks, programs](
+            inputs, *outer, entering, adjoints, groups, taken, segments,
             grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_initial,
             GROUP=GROUP, maxnreg=REGISTERS, **sizes,
         )  # fmt: skip
@@ -200,33 +198,30 @@ class _Scan(torch.autograd.Function):
             (grad.sum(0) if x.ndim == 3 else grad).to(x.dtype)
             for grad, x in ((grad_B, B), (grad_C, C))
         )
-        grad_A, grad_D = (None if g is None else g.sum((0, 1)) for g in (grad_A, grad_D))
+        grad_A, grad_D = (None if g is None else g.sum(0) for g in (grad_A, grad_D))
         return (grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_initial) + (None,) * 4
 
 
-def choose_chunk(length: int, programs: int) -> int:
-    """Steps of a chunk, where there are so many programs for each chunk."""
+def choose_chunk(steps: int, blocks: int) -> int:
+    """The most steps of a segment, for so many of all rows and blocks of channels."""
     chunk = CHUNKS[1]
-    while chunk > CHUNKS[0] and programs * triton.cdiv(length, chunk) < PROGRAMS:
+    while chunk > CHUNKS[0] and blocks * triton.cdiv(steps, chunk) < PROGRAMS:
         chunk //= 2
     return chunk
 
 
-def pass_states(states: Tensor, decays: Tensor, *, reverse: bool) -> None:
-    """states, decays [B, chunks, n, d]: what each chunk makes of a state of 0, and its factor for
-    any other. In place of the first: the state that enters each chunk."""
-    batch, chunks, *shape = states.shape
-    elements = shape[0] * shape[1]
-    _pass_states[triton.cdiv(elements, 32), batch](
-        states, decays, chunks, elements, BLOCK=32, AHEAD=8, REVERSE=reverse, num_warps=1
-    )
+def count_segments(i: Inputs, chunk: int) -> int:
+    """The places of `_segment`, whatever the lengths of the documents are."""
+    if i.offsets is None:
+        return i.documents * triton.cdiv(i.length, chunk)
+    return i.length // chunk + i.documents
 
 
 # ---------------------------------------------------------------- kernels
 #
-# A program has some channels of a chunk of a row and takes one step after the other, [N, D] at a
-# time: states (a power of two; those too many have A = B = C = 0) and channels. `t` is a step of
-# the row, `row` the same counted over all batches. A mask takes a scalar condition as a bound, for
+# A program has some channels of a segment, which is some steps of one document, and takes one step
+# after the other, [N, D] at a time: states (a power of two; those too many have A = B = C = 0) and
+# channels. `t` is a step, counted over all rows. A mask takes a scalar condition as a bound, for
 # which Triton's interpreter has the right type.
 
 
@@ -236,336 +231,426 @@ def _only_if(condition, bound):
     return tl.where(condition, bound, 0)
 
 
+COMPILED = tl.constexpr(isinstance(_only_if, triton.runtime.JITFunction))  # not interpreted
+
+
 @triton.jit
-def _pass_states(
-    states, decays, chunks, elements,
-    BLOCK: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    begin = tl.program_id(1).to(tl.int64) * chunks
-    entering = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, chunks, AHEAD):
-        places = ()
-        added = ()
-        factors = ()
-        for k in tl.static_range(AHEAD):
-            chunk = begin + (chunks - 1 - first - k if REVERSE else first + k)
-            mask = element < _only_if((chunk >= begin) & (chunk < begin + chunks), elements)
-            places += ((chunk * elements + element, mask),)
-            added += (tl.load(states + chunk * elements + element, mask=mask, other=0.0),)
-            factors += (tl.load(decays + chunk * elements + element, mask=mask, other=0.0),)
-        for k in tl.static_range(AHEAD):
-            tl.store(states + places[k][0], entering, mask=places[k][1])
-            entering = tl.where(factors[k] == 0, 0.0, factors[k] * entering) + added[k]
+def _exp2(x):
+    """To 2 units in the last place, and 0 in place of a subnormal number. tl.exp2 scales before
+    and after for those: five instructions in place of one."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
 def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+    return 1 / (1 + _exp2(x * -1.4426950408889634))
 
 
 @triton.jit
 def _softplus(x):
-    e = tl.exp(tl.minimum(x, 20.0))
-    w = 1 + e
-    log1p = tl.where(w == 1, e, tl.log(w) * (e / tl.where(w == 1, 1.0, w - 1)))
-    return tl.where(x > 20, x, log1p)
+    """max(x, 0) + log(1 + e), e = exp(-|x|), by log(1 + e) = 2 artanh(e / (2 + e))."""
+    e = _exp2(tl.abs(x) * -1.4426950408889634)
+    s = e / (2 + e)  # in [0, 1/3]
+    q = s * s
+    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
+    return tl.maximum(x, 0.0) + 2 * s * series
 
 
 @triton.jit
-def _place(i, N: tl.constexpr, D: tl.constexpr):
-    """States [N] and channels [D] of this program, the places of its states [N, D] in [n, d],
-    which of them exist, and A in units of log 2."""
+def _place(i, N: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr):
+    """States [N] and channels [D] of this program, the places of its states [N, D] in [n, d];
+    masks of all three, which vanish from the code if it is FULL; and A in units of log 2."""
     n = tl.arange(0, N)
     d = tl.program_id(0) * D + tl.arange(0, D)
     place = n[:, None] * i.channels + d[None, :]
-    exists = (n < i.states)[:, None] & (d < i.channels)[None, :]
-    a = tl.load(i.A + place, mask=exists, other=0.0) * 1.4426950408889634
-    return n, d, place, exists, a
+    if FULL:
+        has_n = tl.full([N], True, tl.int1)
+        has_d = tl.full([D], True, tl.int1)
+    else:
+        has_n = n < i.states
+        has_d = d < i.channels
+    has = has_n[:, None] & has_d[None, :]
+    return n, d, place, has_n, has_d, has, _load(i.A + place, has) * 1.4426950408889634
 
 
 @triton.jit
-def _load_row(x, stride, t, d, i):
-    """[D] fp32; 0 outside."""
-    row = tl.program_id(2).to(tl.int64) * i.length + t
-    mask = d < _only_if(t < i.length, i.channels)
-    return tl.load(x + row * stride + d, mask=mask, other=0.0).to(tl.float32)
+def _segment(i, place, CHUNK: tl.constexpr):
+    """A segment's first step; the steps from there to its document's end; its document; and
+    whether it begins it.
+
+    `place` counts segments. Documents with offsets o are cut every CHUNK steps, and document i has
+    the places from o[i] // CHUNK + i to the next document's: enough, and at most one too many, from
+    which no steps are left. A document without tokens has one segment. All is found by reductions,
+    whose results the compiler knows to be those of the whole program.
+    """
+    if i.offsets is None:
+        pieces = tl.cdiv(i.length, CHUNK)
+        document = place // pieces
+        begin = document * i.length
+        end = begin + i.length
+        piece = place % pieces
+    else:
+        document, begin, end = -1, 0, i.length
+        for k in range(0, i.documents, OFFSETS):
+            number = k + tl.arange(0, OFFSETS)
+            exists = number < i.documents
+            offsets = tl.load(i.offsets + number, mask=exists, other=0).to(tl.int32)
+            before = exists & (offsets // CHUNK + number <= place)
+            document += tl.sum(before.to(tl.int32), 0)
+            begin = tl.maximum(begin, tl.max(tl.where(before, offsets, 0), 0))
+            end = tl.minimum(end, tl.min(tl.where(exists & (before == 0), offsets, i.length), 0))
+        piece = place - (begin // CHUNK + document)
+    first = begin + piece * CHUNK
+    return first, end - first, document.to(tl.int64), piece == 0
 
 
 @triton.jit
-def _load_matrix(x, stride, own, t, n, d, i):
-    """A step of B or C: [N, 1], or [N, D] where each channel has its own."""
-    at = x + (tl.program_id(2).to(tl.int64) * i.length + t) * stride
-    mask = (n < _only_if(t < i.length, i.states))[:, None]
+def _load(at, mask):
+    """0 outside the mask."""
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _row(x, stride, first, step):
+    """The row of a step of a segment. Only the way to the segment's first row may be long."""
+    return x + first.to(tl.int64) * stride + step * stride
+
+
+@triton.jit
+def _load_matrix(x, stride, own, first, step, n, d, has_n, has):
+    """A step of B or C, as stored: [N, 1], or [N, D] where each channel has its own."""
+    row = _row(x, stride, first, step)
     if own is None:
-        at = at + n[:, None]
+        return _load(row + n, has_n)[:, None]
     else:
-        at = at + (n[:, None] * own + d[None, :])
-        mask = mask & (d < i.channels)[None, :]
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        return _load(row + (n[:, None] * own + d[None, :]), has)
 
 
 @triton.jit
-def _find_start(i, t):
-    """The document that starts at step t, or -1."""
-    if i.starting is None:
-        return tl.where(t == 0, tl.program_id(2), -1).to(tl.int64)
-    else:
-        return tl.load(i.starting + t, mask=t < i.length, other=-1).to(tl.int64)
-
-
-@triton.jit
-def _find_end(i, t):
-    if i.ending is None:
-        return tl.where(t == i.length - 1, tl.program_id(2), -1).to(tl.int64)
-    else:
-        return tl.load(i.ending + t, mask=t < i.length, other=-1).to(tl.int64)
-
-
-@triton.jit
-def _initial(i, document, place, exists):
-    """[N, D], the state that a document starts from."""
-    if i.initial is None:
-        return tl.zeros(place.shape, tl.float32)
-    else:
-        at = i.initial + document * i.states * i.channels + place
-        return tl.load(at, mask=exists, other=0.0)
-
-
-@triton.jit
-def _load_inputs(i, t, n, d):
-    """dt as stored, u and B of a step."""
+def _load_inputs(i, first, step, n, d, has_n, has_d, has):
+    """dt, u and B of a step, as stored."""
     return (
-        _load_row(i.dt, i.dt_stride, t, d, i),
-        _load_row(i.u, i.u_stride, t, d, i),
-        _load_matrix(i.B, i.B_stride, i.B_channels, t, n, d, i),
+        _load(_row(i.dt, i.dt_stride, first, step) + d, has_d),
+        _load(_row(i.u, i.u_stride, first, step) + d, has_d),
+        _load_matrix(i.B, i.B_stride, i.B_channels, first, step, n, d, has_n, has),
     )
 
 
 @triton.jit
-def _step_size(i, stored, t, d, SOFTPLUS: tl.constexpr):
-    """dt [D]; 0 outside, where the state passes unchanged."""
-    if SOFTPLUS:
-        return tl.where(d < _only_if(t < i.length, i.channels), _softplus(stored), 0.0)
-    else:
-        return stored
-
-
-@triton.jit
-def _advance(i, a, t, d, place, exists, state, stored, u, B, SOFTPLUS: tl.constexpr):
-    """h_t [N, D] after `state`, dt, and the document that starts here, or -1."""
-    document = _find_start(i, t)
-    if document >= 0:
-        state = _initial(i, document, place, exists)
-    dt = _step_size(i, stored, t, d, SOFTPLUS)
-    return tl.exp2(dt[None, :] * a) * state + (dt * u)[None, :] * B, dt, document
-
-
-@triton.jit
-def _load_gradient(i, grad_y, t, d):
-    """Gradients [D] of the output before and after the gate, and z."""
-    gated = _load_row(grad_y, i.channels, t, d, i)
+def _load_outputs(i, grad_y, first, step, n, d, has_n, has_d, has):
+    """C, the gradient of y, and z (or something instead), as stored."""
+    C = _load_matrix(i.C, i.C_stride, i.C_channels, first, step, n, d, has_n, has)
+    gated = _load(_row(grad_y, i.channels, first, step) + d, has_d)
     if i.z is None:
-        return gated, gated, gated
+        return C, gated, gated
     else:
-        z = _load_row(i.z, i.z_stride, t, d, i)
-        return gated * z * _sigmoid(z), gated, z
+        return C, gated, _load(_row(i.z, i.z_stride, first, step) + d, has_d)
 
 
 @triton.jit
-def _add_final(i, adjoint, grad_final, t, place, exists):
-    """The adjoint of h_t [N, D] with what the final state of a document adds to it."""
-    if grad_final is not None:
-        document = _find_end(i, t)
-        if document >= 0:
-            at = grad_final + document * i.states * i.channels + place
-            adjoint += tl.load(at, mask=exists, other=0.0)
-    return adjoint
+def _ungate(i, gated, z):
+    """The gradient [D] of the output before the gate."""
+    if i.z is None:
+        return gated.to(tl.float32)
+    else:
+        z = z.to(tl.float32)
+        return gated.to(tl.float32) * z * _sigmoid(z)
 
 
 @triton.jit
-def _chunk(i, index, chunks, CHUNK: tl.constexpr):
-    """The number over all batches of a row's chunk, its first step and its steps."""
-    first = index * CHUNK
-    number = tl.program_id(2).to(tl.int64) * chunks + index
-    return number, first, tl.minimum(CHUNK, i.length - first)
+def _step_size(stored, SOFTPLUS: tl.constexpr):
+    if SOFTPLUS:
+        return _softplus(stored.to(tl.float32))
+    else:
+        return stored.to(tl.float32)
 
 
 @triton.jit
-def _sum_chunks(
-    i, states, decays,
-    CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
+def _advance(a, state, dt, u, B):
+    """h_t [N, D] after `state`."""
+    return _exp2(dt[None, :] * a) * state + (dt * u)[None, :] * B.to(tl.float32)
+
+
+@triton.jit
+def _state_before(i, entering, t, begins, document, place, has, KEEP: tl.constexpr):
+    """[N, D], the state before a step that begins a document or is one for which it is kept."""
+    state = tl.zeros(place.shape, tl.float32)
+    if begins:
+        if i.initial is not None:
+            state = _load(i.initial + document * i.states * i.channels + place, has)
+    else:
+        state = _load(entering + (t // KEEP).to(tl.int64) * i.states * i.channels + place, has)
+    return state
+
+
+@triton.jit
+def _sum_segments(
+    i, entering, durations,
+    CHUNK: tl.constexpr, KEEP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    STATES: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk makes of a state of 0, and its factor for any other."""
-    n, d, place, exists, a = _place(i, STATES, CHANNELS)
-    chunk, first, steps = _chunk(i, tl.program_id(1), tl.num_programs(1), CHUNK)
+    """For each segment that another continues: what it makes of a state of 0, or of its document's
+    initial state, in place of the state that enters the other; and the sum of its dt."""
+    first, left, document, begins = _segment(i, tl.program_id(1), CHUNK)
+    if left <= CHUNK:
+        return
+    n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
     state = tl.zeros([STATES, CHANNELS], tl.float32)
+    if begins:
+        state = _state_before(i, entering, first, begins, document, place, has, KEEP)
     duration = tl.zeros([CHANNELS], tl.float32)
-    factor = 1.0
-    stored, u, B = _load_inputs(i, first, n, d)
-    for step in range(steps):
-        t = first + step
-        later = _load_inputs(i, t + 1, n, d)  # while this step is computed
-        state, dt, document = _advance(i, a, t, d, place, exists, state, stored, u, B, SOFTPLUS)
+    stored, u, B = _load_inputs(i, first, 0, n, d, has_n, has_d, has)
+    for step in range(CHUNK):
+        later = _load_inputs(i, first, step + 1, n, d, has_n, has_d, has)
+        dt = _step_size(stored, SOFTPLUS)
+        state = _advance(a, state, dt, u.to(tl.float32), B)
         duration += dt
-        factor = tl.where(document >= 0, 0.0, factor)
         stored, u, B = later
-    at = chunk * i.states * i.channels + place
-    tl.store(states + at, state, mask=exists)
-    tl.store(decays + at, factor * tl.exp2(duration[None, :] * a), mask=exists)
+    at = ((first + CHUNK) // KEEP).to(tl.int64) * i.states * i.channels + place
+    tl.store(entering + at, state, mask=has)
+    tl.store(durations + first // CHUNK * i.channels + d, duration, mask=has_d)
+
+
+@triton.jit
+def _pass_states(
+    i, states, durations,
+    EVERY: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr,
+    CHUNK: tl.constexpr, KEEP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    STATES: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """From the first or the last segment of a document, adds to each share of a state or adjoint
+    the one before it, after or before a segment's decay. That before step t is number t // EVERY.
+    """
+    first, left, _, begins = _segment(i, tl.program_id(1), CHUNK)
+    if not begins:
+        return
+    n, d, place, _, _, _, a = _place(i, STATES, CHANNELS, FULL)
+    segments = tl.cdiv(left, CHUNK)
+    state = tl.zeros([STATES, CHANNELS], tl.float32)
+    for begin in range(1, segments, AHEAD):
+        loaded = ()
+        for k in tl.static_range(AHEAD):
+            exists = begin + k < segments
+            t = first + CHUNK * (segments - begin - k if REVERSE else begin + k)
+            at = states + (t // EVERY).to(tl.int64) * i.states * i.channels + place
+            has_d = d < _only_if(exists, i.channels)
+            has = (n < i.states)[:, None] & has_d[None, :]
+            over = durations + (t // CHUNK - (0 if REVERSE else 1)) * i.channels + d
+            loaded += ((at, has, _load(at, has), _load(over, has_d)),)
+        for k in tl.static_range(AHEAD):
+            state = _exp2(loaded[k][3][None, :] * a) * state + loaded[k][2]
+            tl.store(loaded[k][0], state, mask=loaded[k][1])
 
 
 @triton.jit
 def _outputs(
     i, entering, y, final,
-    CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr, KEEP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    STATES: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    n, d, place, exists, a = _place(i, STATES, CHANNELS)
-    chunk, first, steps = _chunk(i, tl.program_id(1), tl.num_programs(1), CHUNK)
+    """y, the states that are kept inside of segments, and those after documents."""
+    first, left, document, begins = _segment(i, tl.program_id(1), CHUNK)
+    if (left <= 0) & (begins == 0):
+        return
+    n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
     size = i.states * i.channels
-    state = tl.zeros([STATES, CHANNELS], tl.float32)
-    if entering is not None:
-        state = tl.load(entering + chunk * size + place, mask=exists, other=0.0)
+    state = _state_before(i, entering, first, begins, document, place, has, KEEP)
     D = tl.zeros([CHANNELS], tl.float32)
     if i.D is not None:
-        D = tl.load(i.D + d, mask=d < i.channels, other=0.0)
-    stored, u, B = _load_inputs(i, first, n, d)
-    for step in range(steps):
-        t = first + step
-        later = _load_inputs(i, t + 1, n, d)
-        C = _load_matrix(i.C, i.C_stride, i.C_channels, t, n, d, i)
-        state, _, _ = _advance(i, a, t, d, place, exists, state, stored, u, B, SOFTPLUS)
-        output = tl.sum(state * C, 0) + D * u
-        if i.z is not None:
-            z = _load_row(i.z, i.z_stride, t, d, i)
-            output *= z * _sigmoid(z)
-        row = tl.program_id(2).to(tl.int64) * i.length + t
-        tl.store(y + row * i.channels + d, output, mask=d < i.channels)
-        if final is not None:
-            document = _find_end(i, t)
-            if document >= 0:
-                tl.store(final + document * size + place, state, mask=exists)
-        stored, u, B = later
+        D = _load(i.D + d, has_d)
+    steps = tl.minimum(left, CHUNK)
+    for begin in range(0, steps, KEEP):
+        if begin > 0:
+            tl.store(
+                entering + ((first + begin) // KEEP).to(tl.int64) * size + place, state, mask=has
+            )
+        end = tl.minimum(begin + KEEP, steps)
+        stored, u, B = _load_inputs(i, first, begin, n, d, has_n, has_d, has)
+        for step in range(begin, end):
+            later = _load_inputs(i, first, tl.minimum(step + 1, end - 1), n, d, has_n, has_d, has)
+            C = _load_matrix(i.C, i.C_stride, i.C_channels, first, step, n, d, has_n, has)
+            u = u.to(tl.float32)
+            state = _advance(a, state, _step_size(stored, SOFTPLUS), u, B)
+            output = tl.sum(state * C.to(tl.float32), 0) + D * u
+            if i.z is not None:
+                z = _load(_row(i.z, i.z_stride, first, step) + d, has_d).to(tl.float32)
+                output *= z * _sigmoid(z)
+            tl.store(_row(y, i.channels, first, step) + d, output, mask=has_d)
+            stored, u, B = later
+    if final is not None:
+        if left <= CHUNK:
+            tl.store(final + document * size + place, state, mask=has)
 
 
 @triton.jit
-def _sum_chunks_back(
+def _adjoint_after(i, grad_final, adjoints, first, left, document, place, has, CHUNK: tl.constexpr):
+    """[N, D], the gradient of a segment's last state from what follows."""
+    adjoint = tl.zeros(place.shape, tl.float32)
+    if left > CHUNK:
+        if adjoints is not None:
+            at = adjoints + (first // CHUNK + 1).to(tl.int64) * i.states * i.channels + place
+            adjoint = _load(at, has)
+    else:
+        if grad_final is not None:
+            adjoint = _load(grad_final + document * i.states * i.channels + place, has)
+    return adjoint
+
+
+@triton.jit
+def _sum_segments_back(
     i, grad_y, grad_final, adjoints,
-    CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr, KEEP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    STATES: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk adds to the adjoint of the state that enters it."""
-    n, d, place, exists, a = _place(i, STATES, CHANNELS)
-    chunk, first, steps = _chunk(i, tl.program_id(1), tl.num_programs(1), CHUNK)
-    passed = tl.zeros([STATES, CHANNELS], tl.float32)
-    for step in range(steps):
-        t = first + steps - 1 - step
-        ungated, _, _ = _load_gradient(i, grad_y, t, d)
-        C = _load_matrix(i.C, i.C_stride, i.C_channels, t, n, d, i)
-        stored = _load_row(i.dt, i.dt_stride, t, d, i)
-        adjoint = ungated[None, :] * C + passed
-        adjoint = _add_final(i, adjoint, grad_final, t, place, exists)
-        passed = tl.exp2(_step_size(i, stored, t, d, SOFTPLUS)[None, :] * a) * adjoint
-        if _find_start(i, t) >= 0:
-            passed = tl.zeros([STATES, CHANNELS], tl.float32)
-    tl.store(adjoints + chunk * i.states * i.channels + place, passed, mask=exists)
+    """What each segment that does not begin its document adds to the adjoint of the state that
+    enters it."""
+    first, left, document, begins = _segment(i, tl.program_id(1), CHUNK)
+    if begins | (left <= 0):
+        return
+    n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
+    adjoint = _adjoint_after(i, grad_final, None, first, left, document, place, has, CHUNK)
+    steps = tl.minimum(left, CHUNK)
+    step = steps - 1
+    stored = _load(_row(i.dt, i.dt_stride, first, step) + d, has_d)
+    C, gated, z = _load_outputs(i, grad_y, first, step, n, d, has_n, has_d, has)
+    for _ in range(steps):
+        step = tl.maximum(step - 1, 0)
+        later = _load_outputs(i, grad_y, first, step, n, d, has_n, has_d, has)
+        stored_later = _load(_row(i.dt, i.dt_stride, first, step) + d, has_d)
+        adjoint += _ungate(i, gated, z)[None, :] * C.to(tl.float32)
+        adjoint *= _exp2(_step_size(stored, SOFTPLUS)[None, :] * a)
+        C, gated, z = later
+        stored = stored_later
+    tl.store(
+        adjoints + (first // CHUNK).to(tl.int64) * i.states * i.channels + place, adjoint, mask=has
+    )
+
+
+@triton.jit
+def _take(taken):
+    """The number of a segment that no program for these channels has had. A reduction, as in
+    `_segment`, over one lane that counts."""
+    lane = tl.arange(0, 32)
+    numbers = tl.atomic_add(taken + tl.program_id(0) + 0 * lane, 1, mask=lane == 0, sem="relaxed")
+    return tl.max(tl.where(lane == 0, numbers, 0), 0)
 
 
 @triton.jit
 def _gradients(
-    i, grad_y, grad_final, entering, adjoints, groups, chunks,
+    i, grad_y, grad_final, entering, adjoints, groups, taken, segments,
     grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_initial,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    SOFTPLUS: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    STATES: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    n, d, place, exists, a = _place(i, STATES, CHANNELS)
+    n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
     size = i.states * i.channels
     D = tl.zeros([CHANNELS], tl.float32)
     if i.D is not None:
-        D = tl.load(i.D + d, mask=d < i.channels, other=0.0)
-    slot = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    groups += slot * (CHUNK // GROUP) * size + place
-    for index in range(tl.program_id(1), chunks, tl.num_programs(1)):
-        chunk, first, steps = _chunk(i, index, chunks, CHUNK)
-        state = tl.zeros([STATES, CHANNELS], tl.float32)
-        passed = state  # the adjoint of the state after this step, times the decay between the two
-        if entering is not None:
-            state = tl.load(entering + chunk * size + place, mask=exists, other=0.0)
-            passed = tl.load(adjoints + chunk * size + place, mask=exists, other=0.0)
-
-        # Forwards, for the state that enters each group.
-        count = tl.cdiv(steps, GROUP)
-        for group in range(count):
-            tl.store(groups + group * size, state, mask=exists)
-            for k in tl.static_range(GROUP):
-                t = first + group * GROUP + k
-                stored, u, B = _load_inputs(i, t, n, d)
-                state, _, _ = _advance(i, a, t, d, place, exists, state, stored, u, B, SOFTPLUS)
-        tl.debug_barrier()
-
+        D = _load(i.D + d, has_d)
+    groups += tl.program_id(1).to(tl.int64) * tl.cdiv(KEEP, GROUP) * size + place
+    number = _take(taken)
+    while number < segments:
+        first, left, document, begins = _segment(i, number, CHUNK)
+        steps = tl.minimum(left, CHUNK)
+        # The gradient of the state after a step, from what follows that step.
+        passed = _adjoint_after(i, grad_final, adjoints, first, left, document, place, has, CHUNK)
         sum_A = tl.zeros([STATES, CHANNELS], tl.float32)
         sum_D = tl.zeros([CHANNELS], tl.float32)
-        for back in range(count):
-            group = count - 1 - back
-            state = tl.load(groups + group * size, mask=exists, other=0.0)
-            after = (state,)  # the group's states, and what it continues
-            rows = ()
-            for k in tl.static_range(GROUP):
-                t = first + group * GROUP + k
-                stored, u, B = _load_inputs(i, t, n, d)
-                state, dt, document = _advance(
-                    i, a, t, d, place, exists, state, stored, u, B, SOFTPLUS
-                )
-                after += (state,)
-                rows += ((stored, u, B, dt, document),)
-            for k in tl.static_range(GROUP):
-                t = first + group * GROUP + (GROUP - 1 - k)
-                inside = d < _only_if(t < i.length, i.channels)
-                stored, u, B, dt, document = rows[GROUP - 1 - k]
-                C = _load_matrix(i.C, i.C_stride, i.C_channels, t, n, d, i)
-                ungated, gated, z = _load_gradient(i, grad_y, t, d)
-                state = after[GROUP - k]
-                previous = after[GROUP - 1 - k]
-                if document >= 0:
-                    previous = _initial(i, document, place, exists)
+        parts = tl.cdiv(tl.maximum(steps, 0), KEEP)
+        for later_parts in range(parts):
+            begin = (parts - 1 - later_parts) * KEEP
+            end = tl.minimum(begin + KEEP, steps)
+            state = _state_before(
+                i, entering, first + begin, begins & (begin == 0), document, place, has, KEEP
+            )
 
-                row = tl.program_id(2).to(tl.int64) * i.length + t
-                at = row * i.channels + d
-                if i.z is not None:
-                    output = tl.sum(state * C, 0) + D * u
-                    s = _sigmoid(z)
-                    tl.store(grad_z + at, gated * output * s * (1 + z * (1 - s)), mask=inside)
-                _store_matrix(grad_C, i.C_channels, state * ungated[None, :], row, t, n, d, i)
-                adjoint = ungated[None, :] * C + passed
-                adjoint = _add_final(i, adjoint, grad_final, t, place, exists)
-                _store_matrix(grad_B, i.B_channels, adjoint * (dt * u)[None, :], row, t, n, d, i)
-                by_input = tl.sum(adjoint * B, 0)
-                tl.store(grad_u + at, dt * by_input + ungated * D, mask=inside)
-                passed = tl.exp2(dt[None, :] * a) * adjoint
-                by_exponent = passed * previous
-                sum_A += by_exponent * dt[None, :]
-                by_step = u * by_input + tl.sum(by_exponent * a, 0) * 0.6931471805599453
-                if SOFTPLUS:
-                    by_step *= _sigmoid(stored)
-                tl.store(grad_dt + at, by_step, mask=inside)
-                sum_D += ungated * u
-                if document >= 0:
-                    if i.initial is not None:
-                        tl.store(grad_initial + document * size + place, passed, mask=exists)
-                    passed = tl.zeros([STATES, CHANNELS], tl.float32)
-        tl.store(grad_A + chunk * size + place, sum_A, mask=exists)
-        if i.D is not None:
-            tl.store(grad_D + chunk * i.channels + d, sum_D, mask=d < i.channels)
-        tl.debug_barrier()
+            # Forwards, for the state that enters each group.
+            count = tl.cdiv(end - begin, GROUP)
+            tl.store(groups, state, mask=has)
+            for group in range(1, count):
+                for k in tl.static_range(GROUP):
+                    step = begin + (group - 1) * GROUP + k
+                    stored, u, B = _load_inputs(i, first, step, n, d, has_n, has_d, has)
+                    state = _advance(a, state, _step_size(stored, SOFTPLUS), u.to(tl.float32), B)
+                tl.store(groups + group * size, state, mask=has)
+            tl.debug_barrier()
+
+            for later_groups in range(count):
+                group = count - 1 - later_groups
+                step = begin + group * GROUP
+                state = _load(groups + group * size, has)
+                after = (state,)  # the group's states, and what it continues
+                rows = ()
+                for k in tl.static_range(GROUP):
+                    at = tl.minimum(step + k, end - 1)
+                    exists = d < _only_if(step + k < end, i.channels)  # a step behind the end: 0
+                    stored, u, B = _load_inputs(i, first, at, n, d, has_n, has_d, has)
+                    C, gated, z = _load_outputs(i, grad_y, first, at, n, d, has_n, has_d, has)
+                    u = u.to(tl.float32)
+                    dt = tl.where(exists, _step_size(stored, SOFTPLUS), 0.0)
+                    gated = tl.where(exists, gated.to(tl.float32), 0.0)
+                    rows += ((stored, u, B.to(tl.float32), C.to(tl.float32), dt, gated, z, exists),)
+                for k in tl.static_range(GROUP):
+                    _, u, B, _, dt, _, _, _ = rows[k]
+                    state = _advance(a, state, dt, u, B)
+                    after += (state,)
+                for k in tl.static_range(GROUP - 1, -1, -1):
+                    stored, u, B, C, dt, gated, z, exists = rows[k]
+                    ungated = _ungate(i, gated, z)
+                    if i.z is not None:
+                        output = tl.sum(after[k + 1] * C, 0) + D * u
+                        z = z.to(tl.float32)
+                        s = _sigmoid(z)
+                        tl.store(
+                            _row(grad_z, i.channels, first, step + k) + d,
+                            gated * output * s * (1 + z * (1 - s)),
+                            mask=exists,
+                        )
+                    has_step = n < _only_if(step + k < end, i.states)
+                    by_C = after[k + 1] * ungated[None, :]
+                    _store_matrix(grad_C, i.C_channels, by_C, first, step + k, n, d, has_step, i)
+                    adjoint = ungated[None, :] * C + passed
+                    by_B = adjoint * (dt * u)[None, :]
+                    _store_matrix(grad_B, i.B_channels, by_B, first, step + k, n, d, has_step, i)
+                    by_input = tl.sum(adjoint * B, 0)
+                    tl.store(
+                        _row(grad_u, i.channels, first, step + k) + d,
+                        dt * by_input + ungated * D,
+                        mask=exists,
+                    )
+                    passed = _exp2(dt[None, :] * a) * adjoint
+                    by_exponent = passed * after[k]
+                    if grad_A is not None:
+                        sum_A += by_exponent * dt[None, :]
+                    by_step = u * by_input + tl.sum(by_exponent * a, 0) * 0.6931471805599453
+                    if SOFTPLUS:
+                        by_step *= _sigmoid(stored.to(tl.float32))
+                    tl.store(_row(grad_dt, i.channels, first, step + k) + d, by_step, mask=exists)
+                    if grad_D is not None:
+                        sum_D += ungated * u
+            tl.debug_barrier()
+        if grad_A is not None:
+            tl.store(grad_A + number.to(tl.int64) * size + place, sum_A, mask=has)
+        if grad_D is not None:
+            tl.store(grad_D + number * i.channels + d, sum_D, mask=has_d)
+        if i.initial is not None:
+            if begins:
+                tl.store(grad_initial + document * size + place, passed, mask=has)
+        number = _take(taken)
 
 
 @triton.jit
-def _store_matrix(grad, own, by_channel, row, t, n, d, i):
+def _store_matrix(grad, own, by_channel, first, step, n, d, has_n, i):
     """The gradient [N, D] of a step of B or C: of a shared one, the sum over these channels."""
-    mask = n < _only_if(t < i.length, i.states)
     if own is None:
-        rows = tl.num_programs(2).to(tl.int64) * i.length
-        at = grad + (tl.program_id(0) * rows + row) * i.states + n
-        tl.store(at, tl.sum(by_channel, 1), mask=mask)
+        rows = i.documents if i.offsets is None else 1
+        grad += tl.program_id(0).to(tl.int64) * rows * i.length * i.states
+        tl.store(_row(grad, i.states, first, step) + n, tl.sum(by_channel, 1), mask=has_n)
     else:
-        at = grad + (row * i.states + n[:, None]) * own + d[None, :]
-        tl.store(at, by_channel, mask=mask[:, None] & (d < own)[None, :])
+        at = _row(grad, i.states * own, first, step) + (n[:, None] * own + d[None, :])
+        tl.store(at, by_channel, mask=has_n[:, None] & (d < own)[None, :])
