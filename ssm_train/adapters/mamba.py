@@ -271,7 +271,7 @@ class MambaAdapter:
         return Prepared(model, tokenizer, self.traits, kernels, notes)
 
     def kept(self, config: Any, size: int) -> Kept:
-        """See `adapters.base.Kept`. The scan keeps two states for a chunk of 128 steps."""
+        """See `adapters.base.Kept`. The scan keeps a state for 128 steps."""
         hidden, states = config.hidden_size, config.state_size
         inner = config.expand * hidden
         if self.name == "mamba2":
@@ -280,7 +280,7 @@ class MambaAdapter:
             fp32 = 4 * 2 * config.num_heads  # step sizes before and after the softplus
         else:
             rows = 4 * inner + config.time_step_rank + 2 * states  # in_proj, convolution, y, x_proj
-            fp32 = 4 * (inner + 2 * states * inner / 128)  # step sizes, states
+            fp32 = 4 * (inner + (states + 1) * inner / 128)  # step sizes; states and sums of steps
         return Kept(layer=size * hidden, mixer=size * (hidden + rows) + fp32)
 
     def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:

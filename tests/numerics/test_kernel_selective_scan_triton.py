@@ -27,7 +27,6 @@ def scan(kernel_device, monkeypatch):
     if kernel_device == "cpu":
         monkeypatch.setattr(triton, "CHUNKS", (4, 4))
         monkeypatch.setattr(triton, "PROGRAMS", 8)
-        monkeypatch.setattr(triton, "KEEP", 2)
         monkeypatch.setattr(triton, "OFFSETS", tl.constexpr(2))
         monkeypatch.setattr(triton, "CHANNELS", 4)
 
@@ -96,7 +95,8 @@ def test_frozen_weights_have_no_gradient(scan):
         for v in (y.double(), state.double())
     )
     gradients = torch.autograd.grad(loss, list(trained.values()))
-    assert all(map(torch.equal, gradients, (expected[k] for k in trained)))
+    for name, gradient in zip(trained, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("poison", [1e30, float("nan")])

@@ -21,9 +21,8 @@ CHUNKS = (16, 128)  # steps of a segment at most: least and most
 OFFSETS = tl.constexpr(128)  # of documents, that a program looks at together
 PROGRAMS = 2048  # that fill a GPU; fewer, and segments get shorter
 # Backwards:
-KEEP = 32  # steps from one state that the forward pass keeps to the next
 GROUP = 2  # steps whose states are in registers at a time
-REGISTERS = 128
+REGISTERS = 168  # of a thread: more, and too few programs fit to hide their waiting; fewer spill
 
 
 def selective_scan(
@@ -57,7 +56,6 @@ def selective_scan(
         cu_seqlens,
         count if output_final_state else 0,
         dt_softplus,
-        torch.is_grad_enabled(),
     )
     return y, final.mT if output_final_state else None
 
@@ -111,10 +109,7 @@ class Inputs(NamedTuple):
 
 
 class _Scan(torch.autograd.Function):
-    """Tensors as in `Inputs` -> y [B, T, d], final [documents, n, d] (none of them: empty).
-
-    `trained`: the backward pass will be asked for.
-    """
+    """Tensors as in `Inputs` -> y [B, T, d], final [documents, n, d] (none of them: empty)."""
 
     @staticmethod
     def forward(
@@ -130,29 +125,25 @@ class _Scan(torch.autograd.Function):
         offsets: Tensor | None,
         final_states: int,
         dt_softplus: bool,
-        trained: bool,
     ) -> tuple[Tensor, Tensor]:
         inputs = Inputs.of(u, dt, A, B, C, D, z, initial, offsets)
         rows, length, channels = u.shape
         blocks, states = triton.cdiv(channels, CHANNELS), triton.next_power_of_2(len(A))
         chunk = choose_chunk(rows * length, blocks)
         sizes = {
-            "CHUNK": chunk, "KEEP": min(chunk, KEEP) if trained else chunk,
-            "SOFTPLUS": dt_softplus, "STATES": states, "CHANNELS": CHANNELS,
+            "CHUNK": chunk, "SOFTPLUS": dt_softplus, "STATES": states, "CHANNELS": CHANNELS,
             "FULL": channels % CHANNELS == 0 and states == len(A), "num_warps": 1,
         }  # fmt: skip
         grid = blocks, count_segments(inputs, chunk)
         y = torch.empty_like(u, memory_format=torch.contiguous_format)
         final = A.new_empty((final_states, *A.shape))
-        # The state before step t of all rows, if it is kept, is number t // KEEP. Two such steps
-        # of a document, or in two documents, are KEEP steps apart: none begins a document.
-        entering = A.new_empty((triton.cdiv(rows * length, sizes["KEEP"]), *A.shape))
+        # The state before step t of all rows is number t // CHUNK, if t begins a segment and no
+        # document. Two such steps are at least CHUNK apart, in two documents too.
+        entering = A.new_empty((triton.cdiv(rows * length, chunk), *A.shape))
         durations = A.new_zeros((triton.cdiv(rows * length, chunk), channels))
         if length > chunk:
             _sum_segments[grid](inputs, entering, durations, **sizes)
-            _pass_states[grid](
-                inputs, entering, durations, EVERY=sizes["KEEP"], AHEAD=4, REVERSE=False, **sizes
-            )
+            _pass_states[grid](inputs, entering, durations, AHEAD=4, REVERSE=False, **sizes)
         _outputs[grid](inputs, entering, y, final if final_states else None, **sizes)
         ctx.save_for_backward(u, dt, A, B, C, D, z, initial, offsets, entering, durations)
         ctx.grid, ctx.sizes, ctx.has_final = grid, sizes, final_states > 0
@@ -168,14 +159,12 @@ class _Scan(torch.autograd.Function):
         adjoints = A.new_empty((len(durations), *A.shape))
         if inputs.length > sizes["CHUNK"]:
             _sum_segments_back[ctx.grid](inputs, *outer, adjoints, **sizes)
-            _pass_states[ctx.grid](
-                inputs, adjoints, durations, EVERY=sizes["CHUNK"], AHEAD=4, REVERSE=True, **sizes
-            )
-        # Each program has memory for the states before the groups of KEEP steps. It takes one
+            _pass_states[ctx.grid](inputs, adjoints, durations, AHEAD=4, REVERSE=True, **sizes)
+        # Each program has memory for the states before the groups of a segment. It takes one
         # segment after the other, the next that none has taken.
         programs = min(segments, triton.cdiv(PROGRAMS, blocks))
         taken = torch.zeros(blocks, dtype=torch.int32, device=u.device)
-        groups = A.new_empty((programs, triton.cdiv(sizes["KEEP"], GROUP), *A.shape))
+        groups = A.new_empty((programs, sizes["CHUNK"] // GROUP, *A.shape))
         grad_u, grad_dt, grad_z = (
             None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
             for x in (u, dt, z)
@@ -377,21 +366,22 @@ def _advance(a, state, dt, u, B):
 
 
 @triton.jit
-def _state_before(i, entering, t, begins, document, place, has, KEEP: tl.constexpr):
-    """[N, D], the state before a step that begins a document or is one for which it is kept."""
+def _state_before(i, entering, first, begins, document, place, has, CHUNK: tl.constexpr):
+    """[N, D], the state before the first step of a segment."""
     state = tl.zeros(place.shape, tl.float32)
     if begins:
         if i.initial is not None:
             state = _load(i.initial + document * i.states * i.channels + place, has)
     else:
-        state = _load(entering + (t // KEEP).to(tl.int64) * i.states * i.channels + place, has)
+        at = entering + (first // CHUNK).to(tl.int64) * i.states * i.channels + place
+        state = _load(at, has)
     return state
 
 
 @triton.jit
 def _sum_segments(
     i, entering, durations,
-    CHUNK: tl.constexpr, KEEP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """For each segment that another continues: what it makes of a state of 0, or of its document's
@@ -402,7 +392,7 @@ def _sum_segments(
     n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
     state = tl.zeros([STATES, CHANNELS], tl.float32)
     if begins:
-        state = _state_before(i, entering, first, begins, document, place, has, KEEP)
+        state = _state_before(i, entering, first, begins, document, place, has, CHUNK)
     duration = tl.zeros([CHANNELS], tl.float32)
     stored, u, B = _load_inputs(i, first, 0, n, d, has_n, has_d, has)
     for step in range(CHUNK):
@@ -411,7 +401,7 @@ def _sum_segments(
         state = _advance(a, state, dt, u.to(tl.float32), B)
         duration += dt
         stored, u, B = later
-    at = ((first + CHUNK) // KEEP).to(tl.int64) * i.states * i.channels + place
+    at = (first // CHUNK + 1).to(tl.int64) * i.states * i.channels + place
     tl.store(entering + at, state, mask=has)
     tl.store(durations + first // CHUNK * i.channels + d, duration, mask=has_d)
 
@@ -419,13 +409,11 @@ def _sum_segments(
 @triton.jit
 def _pass_states(
     i, states, durations,
-    EVERY: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr,
-    CHUNK: tl.constexpr, KEEP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    AHEAD: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """From the first or the last segment of a document, adds to each share of a state or adjoint
-    the one before it, after or before a segment's decay. That before step t is number t // EVERY.
-    """
+    the one before it, after or before a segment's decay."""
     first, left, _, begins = _segment(i, tl.program_id(1), CHUNK)
     if not begins:
         return
@@ -437,7 +425,7 @@ def _pass_states(
         for k in tl.static_range(AHEAD):
             exists = begin + k < segments
             t = first + CHUNK * (segments - begin - k if REVERSE else begin + k)
-            at = states + (t // EVERY).to(tl.int64) * i.states * i.channels + place
+            at = states + (t // CHUNK).to(tl.int64) * i.states * i.channels + place
             has_d = d < _only_if(exists, i.channels)
             has = (n < i.states)[:, None] & has_d[None, :]
             over = durations + (t // CHUNK - (0 if REVERSE else 1)) * i.channels + d
@@ -450,41 +438,36 @@ def _pass_states(
 @triton.jit
 def _outputs(
     i, entering, y, final,
-    CHUNK: tl.constexpr, KEEP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """y, the states that are kept inside of segments, and those after documents."""
+    """y, and the states after documents."""
     first, left, document, begins = _segment(i, tl.program_id(1), CHUNK)
     if (left <= 0) & (begins == 0):
         return
     n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
-    size = i.states * i.channels
-    state = _state_before(i, entering, first, begins, document, place, has, KEEP)
+    state = _state_before(i, entering, first, begins, document, place, has, CHUNK)
     D = tl.zeros([CHANNELS], tl.float32)
     if i.D is not None:
         D = _load(i.D + d, has_d)
     steps = tl.minimum(left, CHUNK)
-    for begin in range(0, steps, KEEP):
-        if begin > 0:
-            tl.store(
-                entering + ((first + begin) // KEEP).to(tl.int64) * size + place, state, mask=has
-            )
-        end = tl.minimum(begin + KEEP, steps)
-        stored, u, B = _load_inputs(i, first, begin, n, d, has_n, has_d, has)
-        for step in range(begin, end):
-            later = _load_inputs(i, first, tl.minimum(step + 1, end - 1), n, d, has_n, has_d, has)
-            C = _load_matrix(i.C, i.C_stride, i.C_channels, first, step, n, d, has_n, has)
-            u = u.to(tl.float32)
-            state = _advance(a, state, _step_size(stored, SOFTPLUS), u, B)
-            output = tl.sum(state * C.to(tl.float32), 0) + D * u
-            if i.z is not None:
-                z = _load(_row(i.z, i.z_stride, first, step) + d, has_d).to(tl.float32)
-                output *= z * _sigmoid(z)
-            tl.store(_row(y, i.channels, first, step) + d, output, mask=has_d)
-            stored, u, B = later
+    # For a document without tokens the row before, if there is one: nothing is made of it.
+    begin = tl.where(steps > 0, 0, -tl.minimum(first, 1))
+    stored, u, B = _load_inputs(i, first, begin, n, d, has_n, has_d, has)
+    for step in range(steps):
+        later = _load_inputs(i, first, tl.minimum(step + 1, steps - 1), n, d, has_n, has_d, has)
+        C = _load_matrix(i.C, i.C_stride, i.C_channels, first, step, n, d, has_n, has)
+        u = u.to(tl.float32)
+        state = _advance(a, state, _step_size(stored, SOFTPLUS), u, B)
+        output = tl.sum(state * C.to(tl.float32), 0) + D * u
+        if i.z is not None:
+            z = _load(_row(i.z, i.z_stride, first, step) + d, has_d).to(tl.float32)
+            output *= z * _sigmoid(z)
+        tl.store(_row(y, i.channels, first, step) + d, output, mask=has_d)
+        stored, u, B = later
     if final is not None:
         if left <= CHUNK:
-            tl.store(final + document * size + place, state, mask=has)
+            tl.store(final + document * i.states * i.channels + place, state, mask=has)
 
 
 @triton.jit
@@ -504,7 +487,7 @@ def _adjoint_after(i, grad_final, adjoints, first, left, document, place, has, C
 @triton.jit
 def _sum_segments_back(
     i, grad_y, grad_final, adjoints,
-    CHUNK: tl.constexpr, KEEP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """What each segment that does not begin its document adds to the adjoint of the state that
@@ -544,7 +527,7 @@ def _take(taken):
 def _gradients(
     i, grad_y, grad_final, entering, adjoints, groups, taken, segments,
     grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_initial,
-    CHUNK: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     n, d, place, has_n, has_d, has, a = _place(i, STATES, CHANNELS, FULL)
@@ -552,88 +535,83 @@ def _gradients(
     D = tl.zeros([CHANNELS], tl.float32)
     if i.D is not None:
         D = _load(i.D + d, has_d)
-    groups += tl.program_id(1).to(tl.int64) * tl.cdiv(KEEP, GROUP) * size + place
+    groups += tl.program_id(1).to(tl.int64) * (CHUNK // GROUP) * size + place
     number = _take(taken)
     while number < segments:
         first, left, document, begins = _segment(i, number, CHUNK)
-        steps = tl.minimum(left, CHUNK)
+        steps = tl.maximum(tl.minimum(left, CHUNK), 0)
         # The gradient of the state after a step, from what follows that step.
         passed = _adjoint_after(i, grad_final, adjoints, first, left, document, place, has, CHUNK)
         sum_A = tl.zeros([STATES, CHANNELS], tl.float32)
         sum_D = tl.zeros([CHANNELS], tl.float32)
-        parts = tl.cdiv(tl.maximum(steps, 0), KEEP)
-        for later_parts in range(parts):
-            begin = (parts - 1 - later_parts) * KEEP
-            end = tl.minimum(begin + KEEP, steps)
-            state = _state_before(
-                i, entering, first + begin, begins & (begin == 0), document, place, has, KEEP
-            )
 
-            # Forwards, for the state that enters each group.
-            count = tl.cdiv(end - begin, GROUP)
-            tl.store(groups, state, mask=has)
-            for group in range(1, count):
-                for k in tl.static_range(GROUP):
-                    step = begin + (group - 1) * GROUP + k
-                    stored, u, B = _load_inputs(i, first, step, n, d, has_n, has_d, has)
-                    state = _advance(a, state, _step_size(stored, SOFTPLUS), u.to(tl.float32), B)
-                tl.store(groups + group * size, state, mask=has)
-            tl.debug_barrier()
+        # Forwards, for the state that enters each group.
+        alone = begins | (left <= 0)
+        state = _state_before(i, entering, first, alone, document, place, has, CHUNK)
+        count = tl.cdiv(steps, GROUP)
+        tl.store(groups, state, mask=has)
+        for group in range(1, count):
+            for k in tl.static_range(GROUP):
+                step = (group - 1) * GROUP + k
+                stored, u, B = _load_inputs(i, first, step, n, d, has_n, has_d, has)
+                state = _advance(a, state, _step_size(stored, SOFTPLUS), u.to(tl.float32), B)
+            tl.store(groups + group * size, state, mask=has)
+        tl.debug_barrier()
 
-            for later_groups in range(count):
-                group = count - 1 - later_groups
-                step = begin + group * GROUP
-                state = _load(groups + group * size, has)
-                after = (state,)  # the group's states, and what it continues
-                rows = ()
-                for k in tl.static_range(GROUP):
-                    at = tl.minimum(step + k, end - 1)
-                    exists = d < _only_if(step + k < end, i.channels)  # a step behind the end: 0
-                    stored, u, B = _load_inputs(i, first, at, n, d, has_n, has_d, has)
-                    C, gated, z = _load_outputs(i, grad_y, first, at, n, d, has_n, has_d, has)
-                    u = u.to(tl.float32)
-                    dt = tl.where(exists, _step_size(stored, SOFTPLUS), 0.0)
-                    gated = tl.where(exists, gated.to(tl.float32), 0.0)
-                    rows += ((stored, u, B.to(tl.float32), C.to(tl.float32), dt, gated, z, exists),)
-                for k in tl.static_range(GROUP):
-                    _, u, B, _, dt, _, _, _ = rows[k]
-                    state = _advance(a, state, dt, u, B)
-                    after += (state,)
-                for k in tl.static_range(GROUP - 1, -1, -1):
-                    stored, u, B, C, dt, gated, z, exists = rows[k]
-                    ungated = _ungate(i, gated, z)
-                    if i.z is not None:
-                        output = tl.sum(after[k + 1] * C, 0) + D * u
-                        z = z.to(tl.float32)
-                        s = _sigmoid(z)
-                        tl.store(
-                            _row(grad_z, i.channels, first, step + k) + d,
-                            gated * output * s * (1 + z * (1 - s)),
-                            mask=exists,
-                        )
-                    has_step = n < _only_if(step + k < end, i.states)
-                    by_C = after[k + 1] * ungated[None, :]
-                    _store_matrix(grad_C, i.C_channels, by_C, first, step + k, n, d, has_step, i)
-                    adjoint = ungated[None, :] * C + passed
-                    by_B = adjoint * (dt * u)[None, :]
-                    _store_matrix(grad_B, i.B_channels, by_B, first, step + k, n, d, has_step, i)
-                    by_input = tl.sum(adjoint * B, 0)
+        for later_groups in range(count):
+            group = count - 1 - later_groups
+            step = group * GROUP
+            state = _load(groups + group * size, has)
+            after = (state,)  # the group's states, and what it continues
+            rows = ()
+            for k in tl.static_range(GROUP):
+                at = tl.minimum(step + k, steps - 1)
+                exists = d < _only_if(step + k < steps, i.channels)  # a step behind the end: 0
+                stored, u, B = _load_inputs(i, first, at, n, d, has_n, has_d, has)
+                C, gated, z = _load_outputs(i, grad_y, first, at, n, d, has_n, has_d, has)
+                u = u.to(tl.float32)
+                dt = tl.where(exists, _step_size(stored, SOFTPLUS), 0.0)
+                gated = tl.where(exists, gated.to(tl.float32), 0.0)
+                rows += ((stored, u, B.to(tl.float32), C.to(tl.float32), dt, gated, z, exists),)
+            for k in tl.static_range(GROUP):
+                _, u, B, _, dt, _, _, _ = rows[k]
+                state = _advance(a, state, dt, u, B)
+                after += (state,)
+            for k in tl.static_range(GROUP - 1, -1, -1):
+                stored, u, B, C, dt, gated, z, exists = rows[k]
+                ungated = _ungate(i, gated, z)
+                if i.z is not None:
+                    output = tl.sum(after[k + 1] * C, 0) + D * u
+                    z = z.to(tl.float32)
+                    s = _sigmoid(z)
                     tl.store(
-                        _row(grad_u, i.channels, first, step + k) + d,
-                        dt * by_input + ungated * D,
+                        _row(grad_z, i.channels, first, step + k) + d,
+                        gated * output * s * (1 + z * (1 - s)),
                         mask=exists,
                     )
-                    passed = _exp2(dt[None, :] * a) * adjoint
-                    by_exponent = passed * after[k]
-                    if grad_A is not None:
-                        sum_A += by_exponent * dt[None, :]
-                    by_step = u * by_input + tl.sum(by_exponent * a, 0) * 0.6931471805599453
-                    if SOFTPLUS:
-                        by_step *= _sigmoid(stored.to(tl.float32))
-                    tl.store(_row(grad_dt, i.channels, first, step + k) + d, by_step, mask=exists)
-                    if grad_D is not None:
-                        sum_D += ungated * u
-            tl.debug_barrier()
+                has_step = n < _only_if(step + k < steps, i.states)
+                by_C = after[k + 1] * ungated[None, :]
+                _store_matrix(grad_C, i.C_channels, by_C, first, step + k, n, d, has_step, i)
+                adjoint = ungated[None, :] * C + passed
+                by_B = adjoint * (dt * u)[None, :]
+                _store_matrix(grad_B, i.B_channels, by_B, first, step + k, n, d, has_step, i)
+                by_input = tl.sum(adjoint * B, 0)
+                tl.store(
+                    _row(grad_u, i.channels, first, step + k) + d,
+                    dt * by_input + ungated * D,
+                    mask=exists,
+                )
+                passed = _exp2(dt[None, :] * a) * adjoint
+                by_exponent = passed * after[k]
+                if grad_A is not None:
+                    sum_A += by_exponent * dt[None, :]
+                by_step = u * by_input + tl.sum(by_exponent * a, 0) * 0.6931471805599453
+                if SOFTPLUS:
+                    by_step *= _sigmoid(stored.to(tl.float32))
+                tl.store(_row(grad_dt, i.channels, first, step + k) + d, by_step, mask=exists)
+                if grad_D is not None:
+                    sum_D += ungated * u
+        tl.debug_barrier()
         if grad_A is not None:
             tl.store(grad_A + number.to(tl.int64) * size + place, sum_A, mask=has)
         if grad_D is not None:
