@@ -40,6 +40,9 @@ from ssm_train.runlog import RunLog
 from ssm_train.summary import Result, export_weights, print_summary, write_result
 
 
+FULL_ROW = 4096  # tokens from which on kernels choose as they do for longer rows
+
+
 @dataclass
 class Ready:
     """A run that may begin: its parts are built, its tensors are alive, nothing is written."""
@@ -123,11 +126,12 @@ class Ready:
         documents = np.resize(shortest, 2)  # the same one twice where there is one alone
         lengths = examples.lengths[documents]
         device = self.accelerator.device
-        # Rows of a multiple of 16 tokens, for which the step's kernels are compiled already.
-        tokens = [-(-int(lengths[i:].sum()) // 16) * 16 for i in range(2)]
-        pair, alone = (pack(examples, documents[i:], tokens[i]) for i in range(2))
-        if device.type == "cpu":  # on a GPU padded rows have kernels of their own, not compiled yet
+        if device.type == "cpu":
+            pair = pack(examples, documents, int(lengths.sum()))
             alone = collate(examples, documents[1:])
+        else:  # in long rows of one length, for which kernels are compiled already
+            tokens = min(self.cfg.row_tokens, max(FULL_ROW, -(-int(lengths.sum()) // 16) * 16))
+            pair, alone = (pack(examples, documents[i:], tokens) for i in range(2))
         second = pair.target_positions >= int(lengths[0])
         pair.targets, pair.target_positions = pair.targets[second], pair.target_positions[second]
         adapter = self.subject.adapter
