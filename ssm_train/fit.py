@@ -39,7 +39,6 @@ from ssm_train.resume import RunCheckpoints
 from ssm_train.runlog import RunLog
 from ssm_train.summary import Result, export_weights, print_summary, write_result
 
-
 FULL_ROW = 4096  # tokens from which on kernels choose as they do for longer rows
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Mamba2Config, MambaConfig
 from transformers.models.mamba import modeling_mamba as stock1
@@ -57,12 +58,21 @@ MAMBA2_TRAITS = Traits(
 
 
 class Block:
-    """Pre-norm residual block: hidden + mixer(norm(hidden))."""
+    """Pre-norm residual block: hidden + mixer(norm(hidden)), where the sum is left to the norm of
+    the next block, which then reads and writes it once."""
 
-    def forward(self: Any, hidden_states: Tensor, **mixer_inputs: Any) -> Tensor:
-        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
-        normed = self.norm(hidden_states.to(self.norm.weight.dtype))
-        return residual + self.mixer(normed, **mixer_inputs)
+    def forward(
+        self: Any, hidden_states: Tensor, residual: Tensor | None = None, **mixer_inputs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Two tensors [B, T, H] whose sum is the block's input (None: zeros), and two whose sum is
+        its output."""
+        if residual is not None:
+            normed, total = self.norm(hidden_states, residual)
+        else:
+            normed, total = self.norm(hidden_states), hidden_states
+            if self.residual_in_fp32:
+                total = total.to(torch.promote_types(total.dtype, torch.float32))
+        return self.mixer(normed, **mixer_inputs), total
 
 
 class MambaBlock(Block, stock1.MambaBlock):  # type: ignore[misc]
@@ -116,17 +126,18 @@ class Backbone:
         )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        every_hidden = []
+        every_hidden, residual = [], None
         for layer in self.layers:
-            hidden = layer(
+            hidden, residual = layer(
                 hidden,
+                residual,
                 cache_params=cache_params,
                 attention_mask=attention_mask,
                 cu_seqlens=cu_seqlens,
             )
             if output_hidden_states:
-                every_hidden.append(hidden)
-        hidden = self.norm_f(hidden)
+                every_hidden.append(hidden + residual)
+        hidden, _ = self.norm_f(hidden, residual)
         output = self.output_class(
             last_hidden_state=hidden,
             cache_params=cache_params if use_cache else None,

@@ -233,8 +233,12 @@ class RMSNorm:
 
     kernels: KernelChoice = "auto"
 
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, kernels=self.kernels)
+    def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm of their sum, and with a residual the sum in its dtype."""
+        return rms_norm(
+            hidden_states, self.weight, self.variance_epsilon,
+            residual=residual, kernels=self.kernels,
+        )  # fmt: skip
 
 
 class GatedRMSNorm:

@@ -68,8 +68,11 @@ class _Norm(torch.autograd.Function):
         _outputs[triton.cdiv(count, ctx.sizes["ROWS"]), groups](
             *with_strides(rows), weight, y, total, rstd, count, eps, **ctx.sizes
         )
+        if total is not None and total.dtype == torch.float32:  # not rounded, and kept anyway
+            rows[:2] = as_rows(total), None
         ctx.save_for_backward(*rows, weight, rstd)
-        ctx.shape = x.shape
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
         return y, total
 
@@ -81,11 +84,11 @@ class _Norm(torch.autograd.Function):
         x, residual, gate, weight, rstd = ctx.saved_tensors
         grad_y = torch.zeros_like(x) if grad_y is None else as_rows(grad_y)
         grad_total = None if grad_total is None else as_rows(grad_total)
-        grad_x = x.new_empty(ctx.shape)
+        grad_x = x.new_empty(ctx.shape, dtype=ctx.dtype)
         grad_gate = None if gate is None else gate.new_empty(ctx.shape)
         grad_residual = None  # it is x's, unless it is rounded to another dtype
-        if residual is not None and residual.dtype != x.dtype:
-            grad_residual = residual.new_empty(ctx.shape)
+        if ctx.residual_dtype not in (None, ctx.dtype):
+            grad_residual = x.new_empty(ctx.shape, dtype=ctx.residual_dtype)
         count, groups = rstd.shape
         programs = triton.cdiv(count, ctx.sizes["ROWS"])
         grad_weight = None
@@ -96,7 +99,7 @@ class _Norm(torch.autograd.Function):
             *with_strides([x, residual, gate, grad_y, grad_total]), weight, rstd,
             grad_x, grad_residual, grad_gate, grad_weight, count, **ctx.sizes,
         )  # fmt: skip
-        if residual is not None and grad_residual is None:
+        if ctx.residual_dtype == ctx.dtype:
             grad_residual = grad_x
         if grad_weight is not None:
             grad_weight = grad_weight.sum(0).to(weight.dtype)
