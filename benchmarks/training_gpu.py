@@ -354,9 +354,9 @@ def check_alive(name: str, net: torch.nn.Module) -> None:
 
 
 def take_turn(arm: Arm, steps: int) -> Turn:
+    torch.cuda.reset_peak_memory_stats()  # of all batches: those in a graph allocate nothing
     net, train = arm.build()
     train(arm.warmup)
-    torch.cuda.reset_peak_memory_stats()
     rows = train(steps + 1)[1:]
     check_alive(arm.name, net)
     seconds = median(row[0] for row in rows)
@@ -372,6 +372,34 @@ def compare(arms: tuple[Arm, Arm], turns: int, steps: int) -> None:
             print(f"  {arm.name}: {arm.turns[-1]}", flush=True)
             gc.collect()  # models and graphs have references in circles
             torch.cuda.empty_cache()
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Tokens/s of both arms of each case, as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.9 + 0.9 * len(results["cases"])), layout="constrained")
+    axes = figure.subplots()
+    names = []
+    for case, found in results["cases"].items():
+        for arm, turns in found.items():
+            if arm != "ratio":
+                rates = [turn["tokens_per_second"] for turn in turns]
+                color = "tab:gray" if len(names) % 2 else "tab:blue"
+                axes.barh(len(names), median(rates), color=color)
+                axes.plot(rates, [len(names)] * len(rates), "k.", markersize=3)
+                names.append(f"{case}: {arm}")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens/s without padding; points: turns")
+    axes.set_title(describe_gpu(results["environment"]), fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def describe_gpu(environment: Any) -> str:
+    names = ("torch", "triton", "transformers", "flash-linear-attention", "mamba-ssm")
+    versions = [f"{name} {environment['packages'][name]}" for name in names]
+    return f"{environment['gpus'][0]}, driver {environment['driver']}\n{', '.join(versions)}"
 
 
 def main() -> None:
@@ -393,6 +421,7 @@ def main() -> None:
         }
         print(f"{name}: {middle[0]:,.0f} / {middle[1]:,.0f} tokens/s = {middle[0] / middle[1]:.2f}")
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+        draw(results, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -154,11 +155,21 @@ def describe_environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "gpus": gpus,
         "cuda": torch.version.cuda,
+        "driver": read_driver(Path("/proc/driver/nvidia/version")),
         "packages": {package: version(package) for package in PACKAGES},
         "git": describe_source(),
         "command": sys.argv,
         "environment": {k: os.environ[k] for k in sorted(recorded)},
     }
+
+
+def read_driver(file: Path) -> str | None:
+    """The version of NVIDIA's driver, from what its kernel module says; None where there is none."""
+    try:
+        found = re.search(r"NVRM version:.*?\s(\d+\.[\d.]+)\s", file.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def describe_source() -> dict[str, Any] | None:

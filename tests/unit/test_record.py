@@ -12,6 +12,7 @@ from ssm_train.record import (
     check_peft,
     check_run_directory,
     create_run_directory,
+    read_driver,
     record_peft,
     recorded_peft,
 )
@@ -114,3 +115,18 @@ def test_a_peft_config_that_changed_is_named(tmp_path):
         check_peft(tmp_path, {key: began[key] for key in ("peft_type", "rank_pattern")})
     with pytest.raises(InputError, match="use_dora .* was the default .* and is True now"):
         check_peft(tmp_path, {**began, "use_dora": True})
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159  Release", "580.159"),
+        ("something else", None),
+    ],
+)
+def test_the_driver_is_read_from_its_module(line, version, tmp_path):
+    file = tmp_path / "version"
+    file.write_text(f"{line}\nGCC version:  gcc 12.2.0\n", encoding="utf-8")
+    assert read_driver(file) == version
+    assert read_driver(tmp_path / "missing") is None
