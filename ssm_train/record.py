@@ -164,7 +164,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def read_driver(file: Path) -> str | None:
-    """The version of NVIDIA's driver, from what its kernel module says; None where there is none."""
+    """The version of NVIDIA's driver, from what its kernel module says; None without one."""
     try:
         found = re.search(r"NVRM version:.*?\s(\d+\.[\d.]+)\s", file.read_text(encoding="utf-8"))
     except OSError:
