@@ -105,6 +105,7 @@ class DecodingStep:
 
     def _make(self, ids: Tensor, name: str, cache: Any) -> None:
         self.name, self.cache = name, cache
+        cache.states_stay = True  # modules may write into its states
         self.ids = ids.new_zeros(self.rows, 1)
         given = [container[key] for container, key in self.find_places(cache)]
         self.states = [x if len(x) == self.rows else widen(x, self.rows) for x in given]

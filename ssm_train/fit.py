@@ -5,6 +5,7 @@ method with a warm-up chooses by it what the last stage trains; that one ends in
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -106,8 +107,12 @@ class Ready:
 
         model = self.subject.prepared.model
         batch = self.micro_batches(0)[0].to(self.accelerator.device)
-        with unchanged(model, training=True), compile_ahead():
-            self.token_losses(model, batch).loss.backward()
+        try:
+            with unchanged(model, training=True), compile_ahead():
+                self.token_losses(model, batch).loss.backward()
+        except Exception as error:  # what is wrong shows again when kernels run
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"kernels are compiled one after the other: {reason}", stacklevel=2)
 
     def prove_alive(self) -> None:
         """All ranks. Raises InputError naming a trainable tensor without a gradient."""
@@ -129,7 +134,8 @@ class Ready:
             pair = pack(examples, documents, int(lengths.sum()))
             alone = collate(examples, documents[1:])
         else:  # in long rows of one length, for which kernels are compiled already
-            tokens = min(self.cfg.row_tokens, max(FULL_ROW, -(-int(lengths.sum()) // 16) * 16))
+            needed = -(-int(lengths.sum()) // 16) * 16
+            tokens = max(needed, min(self.cfg.row_tokens, FULL_ROW))
             pair, alone = (pack(examples, documents[i:], tokens) for i in range(2))
         second = pair.target_positions >= int(lengths[0])
         pair.targets, pair.target_positions = pair.targets[second], pair.target_positions[second]
@@ -167,27 +173,28 @@ class Stage:
     def train(self, main_metric: str, least_metric: Mapping[int, float]) -> Outcome:
         """All ranks. Through the loop, to the end of the schedule or until something stops it."""
         ready, cfg = self.ready, self.ready.cfg
-        return train(
-            Training(
-                accelerator=ready.accelerator,
-                model=self.model,
-                optimizer=self.optimizer,
-                token_losses=ready.subject.adapter.token_losses,
-                micro_batches=ready.micro_batches,
-                schedule=self.schedule,
-                optim=cfg,
-                prec=cfg.prec,
-                log=self.log.trained,
-                evaluate=self.evaluate if "val" in ready.evaluations else None,
-                save=None if cfg.no_save else self.checkpoints.save,
-                main_metric=main_metric,
-                higher_is_better=main_metric not in LOSSES,
-                least_metric=dict(least_metric),
-                stop=ready.stop,
-                cuda_graphs=ready.cuda_graphs,
-            ),
-            self.state,
+        training = Training(
+            accelerator=ready.accelerator,
+            model=self.model,
+            optimizer=self.optimizer,
+            token_losses=ready.subject.adapter.token_losses,
+            micro_batches=ready.micro_batches,
+            schedule=self.schedule,
+            optim=cfg,
+            prec=cfg.prec,
+            log=self.log.trained,
+            evaluate=self.evaluate if "val" in ready.evaluations else None,
+            save=None if cfg.no_save else self.checkpoints.save,
+            main_metric=main_metric,
+            higher_is_better=main_metric not in LOSSES,
+            least_metric=dict(least_metric),
+            stop=ready.stop,
+            cuda_graphs=ready.cuda_graphs,
         )
+        try:
+            return train(training, self.state)
+        finally:
+            training.drop_graphs()
 
 
 @contextmanager

@@ -82,21 +82,23 @@ class GradientGraphs:
 
     def _record(self, batch: Batch, scale: Tensor) -> Recording | None:
         """None, and a warning, where something in the model cannot be recorded."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        stream = current_stream(batch)
         try:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved()
             recording = Recording(self.gradients, batch, scale, self.pool)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+        else:
             self.held += torch.cuda.memory_reserved() - before
             return recording
-        except RuntimeError as error:
-            self.off = True
-            self.drop()
-            reason = str(error).partition("\n")[0]
-            warnings.warn(
-                f"no CUDA graphs, kernels are launched one by one: {reason}", stacklevel=2
-            )
-            return None
+        if stream is not None:
+            torch.cuda.set_stream(stream)  # a failed recording leaves its own behind
+        self.off = True
+        self.drop()
+        warnings.warn(f"no CUDA graphs, kernels are launched one by one: {reason}", stacklevel=2)
+        return None
 
     def _keep_buffers(self) -> None:
         for parameter in self.parameters:
@@ -120,6 +122,11 @@ class Recording:
         torch._foreach_copy_([*own.values(), self.scale], [*(given[name] for name in own), scale])
         self.graph.replay()
         return self.loss.clone()
+
+
+def current_stream(batch: Batch) -> torch.cuda.Stream | None:
+    device = batch.input_ids.device
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def free_memory() -> int:

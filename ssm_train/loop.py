@@ -123,6 +123,11 @@ class Training:
         if self.cuda_graphs:
             self.gradients = GradientGraphs(self.gradients, self.parameters)
 
+    def drop_graphs(self) -> None:
+        """Gives back the memory of CUDA graphs, if there are any; later steps record them again."""
+        if isinstance(self.gradients, GradientGraphs):
+            self.gradients.drop()
+
 
 Outcome = Literal["finished", "stopped", "bad_loss", "low_metric"]
 
@@ -172,8 +177,7 @@ def train(run: Training, state: TrainState) -> Outcome:
         too_low = False
         if run.evaluate and due_eval:  # once in a while, all ranks
             started = time.perf_counter()
-            if isinstance(run.gradients, GradientGraphs):
-                run.gradients.drop()  # the evaluation needs memory too
+            run.drop_graphs()  # the evaluation needs memory too
             metrics = run.evaluate(step)
             due_save |= note_best(run, state, metrics)
             too_low = below_least_metric(run, step, metrics[run.main_metric])

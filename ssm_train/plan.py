@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ssm_train import distributed
+from ssm_train import distributed, graphs
 from ssm_train.adapters import registry
 from ssm_train.adapters.base import Kept, ModelSpec
 from ssm_train.assemble import STORAGE
@@ -44,7 +44,8 @@ class Plan:
     """Trained parameters again in the optimizer, and with autocast in the run's precision."""
     gradients: float
     gradients_stay: bool
-    """In the forward pass too: of earlier micro-batches, or to exchange with other processes."""
+    """In the forward pass too: of earlier micro-batches, to exchange with other processes, or
+    because graphs add to them."""
     per_token: float
     recomputed: float
     """What the layer that is computed again keeps for a token."""
@@ -101,12 +102,22 @@ def make_plan(cfg: RunConfig) -> Plan:
         weights=sum(p.numel() * p.element_size() for p in prepared.model.parameters()),
         training=trained * (8 + copies),
         gradients=trained * 4,
-        gradients_stay=cfg.gradient_accumulation_steps > 1 or distributed.world_size() > 1,
+        gradients_stay=gradients_stay(cfg),
         per_token=per_token + size * 3 * config.hidden_size,  # embedding, and around the last norm
         recomputed=recomputed,
         logits=LOGIT_BYTES * min(LOGITS_AT_ONCE, tokens * config.vocab_size),
         tokens=tokens,
     )
+
+
+def gradients_stay(cfg: RunConfig) -> bool:
+    """Whether gradients have memory of their own in the forward pass, on a GPU."""
+    processes = distributed.world_size()
+    graphs_cannot = graphs.obstacle(
+        torch.device("cuda"), cfg.packing, cfg.prec, bool(cfg.gradient_checkpointing), processes
+    )
+    records = cfg.cuda_graphs is not False and graphs_cannot is None
+    return records or cfg.gradient_accumulation_steps > 1 or processes > 1
 
 
 def count_kept(kept: Kept, config: Any, size: int, recompute: bool | str) -> tuple[float, float]:

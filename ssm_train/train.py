@@ -152,20 +152,19 @@ def get_ready(
     if method and found and "base" in found.tensors:  # a resumed run takes its checkpoint's
         method.restore_base(prepared.model, found.tensors["base"])
     with tell_compiling(device, say_line):
+        began = time.perf_counter()
+        ready.compile_kernels()
+        if (seconds := time.perf_counter() - began) > 1:
+            ready.notes.append(f"kernels compiled in {seconds:.1f} s")
         if method and not found:
             method.calibrate(prepared, ready.examples(), ready.token_losses)
         began = time.perf_counter()
-        ready.compile_kernels()
-        compiled = time.perf_counter()
         ready.prove_alive()
         proven = "every trained tensor is alive"
         if cfg.packing and cfg.packing_check:
             ready.prove_isolated()
             proven += " and packed documents are apart"
-        ended = time.perf_counter()
-        ready.notes.append(f"{proven}, checked in {ended - compiled:.1f} s")
-        if compiled - began > 1:
-            ready.notes.append(f"kernels compiled in {compiled - began:.1f} s")
+        ready.notes.append(f"{proven}, checked in {time.perf_counter() - began:.1f} s")
     autocast = partial(distributed.autocast, cfg.prec, device)
     ready.evaluations = {
         split: build_evaluation(cfg, subject.adapter, data[split], subject.prepared, autocast)

@@ -190,8 +190,11 @@ class GatedLinearAttention(common.Part, fla_layer.GatedLinearAttention):  # type
         if (forgotten := self.forgotten(None)) is not None:  # [H * K] key channels
             k, own = self._forget(q, k, v, forgotten)
         past = cached.get("recurrent_state")
+        in_place = getattr(past_key_values, "states_stay", False)  # see `decode_step`
         if chunks is not None and not caching and past is None and uses_triton(self, q):
             o, state = packed_gla(q, k, v, g, chunks), None
+        elif length == 1 and in_place and past is not None and uses_triton(self, q):
+            o, state = gla_step(q, k, v, g, past), past
         else:
             o, state = self._recur(q, k, v, g, past, caching, cu_seqlens)
         o = o if own is None else o + own
@@ -229,8 +232,6 @@ class GatedLinearAttention(common.Part, fla_layer.GatedLinearAttention):  # type
         }
         if not uses_triton(self, q):
             return gla(q, k, v, g, **options)
-        if q.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
-            return gla_step(q, k, v, g, state), state
         if q.shape[1] == 1:
             return fused_recurrent_gla(q, k, v, g, **options)
         return chunk_gla(q, k, v, g, **options)

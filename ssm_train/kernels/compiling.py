@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from triton.runtime import JITFunction
+from triton.runtime import Autotuner, JITFunction
 
 from ssm_train.kernels.tuning import Lookup, find_choosing, intercept, key_of
 
@@ -21,22 +21,27 @@ MOST_THREADS = 16
 def compile_ahead() -> Iterator[None]:
     """Meanwhile no kernel runs: each is compiled, several at a time. What is computed inside is
     garbage of the right shapes. A kernel without a stored choice is left out: it has to be tuned.
+    One that does not compile says so when it is launched.
     """
     from triton import AsyncCompileMode
 
-    run = JITFunction.run
+    run, run_tuner = JITFunction.run, Autotuner.run
     stored = {name: vars(tuner).get("run") for name, tuner in find_choosing().items()}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return run(self, *args, grid=grid, warmup=True, **options)
 
+    def skip_untuned(self: Any, *args: Any, **options: Any) -> Any:
+        if len(self.configs) == 1 or key_of(self, args, options) in self.cache:
+            return run_tuner(self, *args, **options)
+        self.best_config = self.configs[0]  # which some callers read
+        return None
+
     def choose(name: str, tuner: Any, launch: Any, args: Any, options: Any) -> Any:
         key, lookup = key_of(tuner, args, options), stored[name]
-        if key in tuner.cache:
-            return launch(*args, **options)
         config = lookup.find(key, args, options) if isinstance(lookup, Lookup) else None
-        if config is None:
-            return None
+        if key in tuner.cache or config is None:
+            return skip_untuned(tuner, *args, **options)
         tuner.cache[key] = config
         try:
             return launch(*args, **options)
@@ -47,15 +52,15 @@ def compile_ahead() -> Iterator[None]:
     # Triton looks for its mode in the thread that launches, so the backward pass has to be in it.
     with (
         ThreadPoolExecutor(threads) as pool,
-        AsyncCompileMode(pool),
+        AsyncCompileMode(pool, ignore_errors=True),
         torch.autograd.set_multithreading_enabled(False),
         intercept(choose),
     ):
-        JITFunction.run = compile_only  # type: ignore[method-assign]
+        JITFunction.run, Autotuner.run = compile_only, skip_untuned  # type: ignore[method-assign]
         try:
             yield
         finally:
-            JITFunction.run = run  # type: ignore[method-assign]
+            JITFunction.run, Autotuner.run = run, run_tuner  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.autotuner import Autotuner, Config
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import KernelInterface
@@ -99,14 +100,14 @@ class Lookup:
             return run(*args, **kwargs)
         if (config := self.find(key, args, kwargs)) is None:
             if self.known:
-                tell_tuning(self.tuner)
+                tell_tuning(self.tuner, "has no stored choice")
             return run(*args, **kwargs)
         cache[key] = config
         try:
             return run(*args, **kwargs)
-        except (OutOfResources, PTXASError):  # fitted other sizes, or another Triton
+        except DO_NOT_FIT:  # it fitted other sizes, or another Triton
             del cache[key]
-            tell_tuning(self.tuner)
+            tell_tuning(self.tuner, f"cannot run with its stored choice ({config})")
             return run(*args, **kwargs)
 
     def find(self, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Config | None:
@@ -125,10 +126,14 @@ class Lookup:
         return next((c for w in wanted for c in allowed if describe(c) == w), None)
 
 
-def tell_tuning(tuner: Autotuner) -> None:
+DO_NOT_FIT = OutOfResources, PTXASError, CompileTimeAssertionFailure
+"""What Triton's own search passes over."""
+
+
+def tell_tuning(tuner: Autotuner, reason: str) -> None:
     warnings.warn(
-        f"{tuner.base_fn.__name__} has no stored choice and is tuned now, as others may be, which "
-        "can take minutes; ssm-train warmup does it once",
+        f"{tuner.base_fn.__name__} {reason} and is tuned now, as others may be, which can take "
+        "minutes; ssm-train warmup does it once",
         stacklevel=3,
     )
 

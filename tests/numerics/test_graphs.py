@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,21 @@ def test_dropout_differs_from_replay_to_replay() -> None:
                 parameter.normal_()
     losses = {float(run.gradients(batch, torch.ones((), device="cuda"))) for _ in range(5)}
     assert len(losses) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_wait_for_the_device_ends_recording_and_nothing_else() -> None:
+    batch = packed_batches(1)[0].to("cuda")
+    run, _ = training("gla", "cuda", [batch], graphs=True, lora_dropout=0.5)
+    run.model.register_forward_pre_hook(lambda *_: torch.zeros((), device="cuda").item() and None)
+    one, stream = torch.ones((), device="cuda"), torch.cuda.current_stream()
+    run.gradients(batch, one)
+    with pytest.warns(UserWarning, match="no CUDA graphs"):
+        run.gradients(batch, one)
+    assert torch.cuda.current_stream() == stream
+    losses = {float(run.gradients(batch, one)) for _ in range(3)}
+    assert all(map(math.isfinite, losses))
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@ and all gradients. Triton is compiled on a GPU, elsewhere in its interpreter."""
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -260,3 +262,12 @@ def test_the_device_chooses(kernel_device, kernels):
     on_gpu = kernel_device == "cuda" and kernels == "auto"
     assert op.choose(x, kernels) is (triton if on_gpu else reference)
     assert op.choose(x.double(), kernels) is reference
+
+
+def test_without_a_backward_pass_nothing_stays(kernel_device):
+    """What is saved of an output must not keep the graph that made it."""
+    x, residual, weight = on(kernel_device, make_inputs((3, 8), dtype=torch.bfloat16))
+    y, total = triton.rms_norm(x, weight, EPS, residual=residual.detach().float())
+    node = weakref.ref(total.grad_fn)
+    del y, total
+    assert node() is None

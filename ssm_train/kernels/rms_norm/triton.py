@@ -69,7 +69,7 @@ class _Norm(torch.autograd.Function):
             *with_strides(rows), weight, y, total, rstd, count, eps, **ctx.sizes
         )
         if total is not None and total.dtype == torch.float32:  # not rounded, and kept anyway
-            rows[:2] = as_rows(total), None
+            rows[:2] = total, None  # itself: a view of an output would keep its own graph alive
         ctx.save_for_backward(*rows, weight, rstd)
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
@@ -82,6 +82,7 @@ class _Norm(torch.autograd.Function):
         ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, residual, gate, weight, rstd = ctx.saved_tensors
+        x = as_rows(x)
         grad_y = torch.zeros_like(x) if grad_y is None else as_rows(grad_y)
         grad_total = None if grad_total is None else as_rows(grad_total)
         grad_x = x.new_empty(ctx.shape, dtype=ctx.dtype)
