@@ -37,16 +37,23 @@ ARMS = ("graphs", "eager", "stock")
 TARGETS = {"gla": "all-linear", "mamba": ["in_proj", "x_proj", "dt_proj"], "mamba2": ["in_proj"]}
 
 
-def on_gpu() -> Any:
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def in_place() -> Any:
     """Random weights are made where they stay."""
-    return torch.device("cuda")
+    return torch.device(DEVICE)
 
 
-def ours(config: dict[str, Any]) -> torch.nn.Module:
-    spec = ModelSpec(new_model=config, dtype=torch.bfloat16, device="cuda", init_context=on_gpu)
+def ours(config: dict[str, Any], targets: list[str] | str = "all-linear") -> torch.nn.Module:
+    spec = ModelSpec(
+        new_model=config, dtype=torch.bfloat16, device=str(DEVICE), init_context=in_place
+    )
     adapter, _ = registry.resolve(spec)
     prepared = adapter.prepare(spec)
-    peft = load_peft({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK})
+    peft = load_peft(
+        {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets}
+    )
     assert peft is not None
     peft.make().inject(prepared)
     for name, parameter in prepared.model.named_parameters():
@@ -55,7 +62,9 @@ def ours(config: dict[str, Any]) -> torch.nn.Module:
     return prepared.model
 
 
-def stock(net: torch.nn.Module) -> torch.nn.Module:
+def stock(
+    net: torch.nn.Module, targets: list[str] | str, adapters: torch.dtype = torch.float32
+) -> torch.nn.Module:
     """The stock class of the same configuration, with the weights of ours."""
     import fla.models  # noqa: F401  registers its models
     from peft import LoraConfig, get_peft_model
@@ -65,10 +74,10 @@ def stock(net: torch.nn.Module) -> torch.nn.Module:
     kind: Any = config.model_type
     if kind == "gla":
         config.fuse_swiglu = False  # it reads the weight of down_proj past its LoRA
-    with on_gpu():
+    with in_place():
         theirs = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS[kind], task_type="CAUSAL_LM")
-    theirs = get_peft_model(theirs, lora, autocast_adapter_dtype=False)
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, task_type="CAUSAL_LM")
+    theirs = get_peft_model(theirs, lora, autocast_adapter_dtype=adapters == torch.float32)
     missing = theirs.load_state_dict(net.state_dict(), strict=False).missing_keys
     assert not [name for name in missing if "lora" in name], missing
     return theirs
@@ -85,7 +94,7 @@ def compare(model: str, arms: list[str], arguments: argparse.Namespace) -> dict[
     net = ours(config)
     nets = {arm: net for arm in arms if arm != "stock"}
     if "stock" in arms:
-        nets["stock"] = stock(net)
+        nets["stock"] = stock(net, TARGETS[config["model_type"]], torch.bfloat16)
     new = arguments.new_tokens
     options = read_options({"max_new_tokens": new, "min_new_tokens": new})
     device = torch.device("cuda")

@@ -43,6 +43,12 @@ from ssm_train.summary import Result, export_weights, print_summary, write_resul
 FULL_ROW = 4096  # tokens from which on kernels choose as they do for longer rows
 
 
+def compiled_length(tokens: int, row: int) -> int:
+    """The length of a row for so many tokens, in a run with rows of `row`, for which hardly any
+    kernel has to be compiled beside the run's own: they also ask whether 16 divides it."""
+    return max(-(-tokens // 16) * 16, min(row, FULL_ROW))
+
+
 @dataclass
 class Ready:
     """A run that may begin: its parts are built, its tensors are alive, nothing is written."""
@@ -134,8 +140,7 @@ class Ready:
             pair = pack(examples, documents, int(lengths.sum()))
             alone = collate(examples, documents[1:])
         else:  # in long rows of one length, for which kernels are compiled already
-            needed = -(-int(lengths.sum()) // 16) * 16
-            tokens = max(needed, min(self.cfg.row_tokens, FULL_ROW))
+            tokens = compiled_length(int(lengths.sum()), self.cfg.row_tokens)
             pair, alone = (pack(examples, documents[i:], tokens) for i in range(2))
         second = pair.target_positions >= int(lengths[0])
         pair.targets, pair.target_positions = pair.targets[second], pair.target_positions[second]

@@ -11,6 +11,7 @@ from tiny_runs import LORA, train, write_config
 
 from ssm_train.adapters import common, gla, mamba_mixer
 from ssm_train.errors import InputError
+from ssm_train.fit import compiled_length
 from ssm_train.kernels import causal_conv1d, selective_scan, ssd
 from ssm_train.kernels.gla import gla as gla_kernel
 
@@ -86,3 +87,12 @@ def test_graphs_that_cannot_be_stop_the_run_before_it_writes(tmp_path: Path) -> 
     with pytest.raises(InputError, match="cuda_graphs: true cannot be, because the device is cpu"):
         train(config)
     assert not [path for path in set(tmp_path.rglob("*")) - before if path.name == "cfg.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "row", "length"),
+    [(100, 16_384, 4096), (100, 512, 512), (6001, 16_384, 6016), (1000, 512, 1008)],
+)
+def test_rows_of_the_check_on_a_gpu(tokens: int, row: int, length: int) -> None:
+    """Two documents may be longer together than a row of the run."""
+    assert compiled_length(tokens, row) == length >= tokens
