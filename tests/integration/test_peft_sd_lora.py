@@ -18,7 +18,7 @@ from peft_tiny import (
     train_a_little,
 )
 
-from ssm_train.adapters import gla as gla_adapter
+from ssm_train.adapters import gla_mixer
 from ssm_train.errors import InputError
 from ssm_train.optim import OptimSettings, parameter_groups
 from ssm_train.peft.dimensions import choose, divide
@@ -145,8 +145,8 @@ def test_zeroed_key_channels_of_gla_have_only_their_own_step(monkeypatch):
         g = g.masked_fill(self.closed, -torch.inf)
         return naive_recurrent_gla(q, k, v, g, output_final_state=False)
 
-    monkeypatch.setattr(gla_adapter.GatedLinearAttention, "_forget", keep_keys)
-    monkeypatch.setattr(gla_adapter.GatedLinearAttention, "_recur", naive)
+    monkeypatch.setattr(gla_mixer.GatedLinearAttention, "_forget", keep_keys)
+    monkeypatch.setattr(gla_mixer.GatedLinearAttention, "_recur", naive)
     assert relative_error(actual, logits_of(prepared.model, ids)) < 1e-5
 
 

@@ -473,7 +473,7 @@ def test_a_base_that_was_stopped_goes_on(tmp_path, monkeypatch):
 def test_a_matrix_past_which_the_forward_reads_stops_the_run(tmp_path, monkeypatch, capsys):
     import torch.nn.functional as F
 
-    from ssm_train.adapters.gla import GatedMLP
+    from ssm_train.adapters.gla_mixer import GatedMLP
     from ssm_train.cli import BAD_INPUT, main
 
     def fused(self, x, **_):
@@ -508,7 +508,7 @@ def test_ten_bad_losses_end_the_run_without_an_export(tmp_path, monkeypatch):
 ISLANDS = {
     "mamba": ("ssm_train.adapters.mamba_mixer.MambaMixer", ("A_log", "D", "dt_proj.bias")),
     "mamba2": ("ssm_train.adapters.mamba_mixer.Mamba2Mixer", ("A_log", "D", "dt_bias")),
-    "gla": ("ssm_train.adapters.gla.GatedLinearAttention", ("gk_proj.1.bias",)),
+    "gla": ("ssm_train.adapters.gla_mixer.GatedLinearAttention", ("gk_proj.1.bias",)),
 }
 
 

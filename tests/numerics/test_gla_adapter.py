@@ -420,7 +420,7 @@ def test_import_order_of_fla_and_transformers_does_not_matter():
         for imports in orders
     ]
     outputs = [process.communicate()[0].splitlines()[-1] for process in processes]
-    assert "ssm_train.adapters.gla.GatedLinearAttention" in outputs[0]
+    assert "ssm_train.adapters.gla_mixer.GatedLinearAttention" in outputs[0]
     assert "ssm_train.adapters.mamba_mixer.Mamba2Mixer" in outputs[0]
     assert "fla.models.mamba" not in outputs[0]
     assert outputs[0] == outputs[1]
