@@ -191,7 +191,7 @@ def trainer(
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         if tuned:
             np.random.default_rng(2).shuffle(batches)
-        batches = batches[: 2 * max(accumulation, 2)]
+        batches = batches[: max(accumulation, 4)]
         position = 0
 
         def collate(_: Any) -> dict[str, torch.Tensor]:
