@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -87,8 +88,10 @@ def ours(
     graphs: bool = True,
     targets: list[str] | str = "all-linear",
     full: bool = False,
+    accumulation: int = 1,
 ) -> Callable[[], Any]:
-    """Packed rows; `full`: all weights are trained, on documents of 4,096 tokens."""
+    """Packed rows, `accumulation` of them a step; `full`: all weights are trained, on documents of
+    4,096 tokens."""
 
     def build() -> Any:
         accelerator = distributed.build_accelerator("bf16", "cuda")
@@ -112,7 +115,8 @@ def ours(
         rows = packed_rows(config["vocab_size"], tokens, LONG if full else None)
         run = Training(
             accelerator=accelerator, model=net, optimizer=optimizer,
-            token_losses=adapter.token_losses, micro_batches=lambda step: [next(rows)],
+            token_losses=adapter.token_losses,
+            micro_batches=lambda step: list(islice(rows, accumulation)),
             schedule=Schedule(10_000, 10_000, 10_000, 1, 1, 1), optim=OPTIM, prec="bf16",
             log=lambda row: None, evaluate=None, save=None, cuda_graphs=graphs,
         )  # fmt: skip
@@ -316,6 +320,10 @@ CASES: dict[str, tuple[Arm, Arm]] = {
     "gla-tuned": (
         Arm("ours", ours("gla-1.3b")),
         Arm("HF Trainer, by length", trainer("gla-1.3b", 16, 5, tuned=True), 2),
+    ),
+    "gla-lean": (
+        Arm("ours, rows of 4,096", ours("gla-1.3b", tokens=4096, accumulation=4), 20),
+        Arm("HF Trainer, batch 16", trainer("gla-1.3b", 16, 5), 2),
     ),
     "gla-small": (
         Arm("graphs", ours("gla-1.3b", tokens=2048)),
