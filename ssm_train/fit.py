@@ -5,7 +5,6 @@ method with a warm-up chooses by it what the last stage trains; that one ends in
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,40 +12,30 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ssm_train import distributed, graphs
 from ssm_train.adapters.base import Batch, LossSum
 from ssm_train.assemble import Subject, make_batches
 from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig
-from ssm_train.data.batches import collate, pack
+from ssm_train.data.batches import collate
 from ssm_train.data.order import Order
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.errors import InputError
 from ssm_train.evaluate import Evaluation
-from ssm_train.isolation import check_isolation
 from ssm_train.loop import Outcome, Schedule, Training, TrainState, plan_schedule, train
 from ssm_train.metrics import LOSSES, Progress
 from ssm_train.optim import build_optimizer, describe_rates, same_rate
 from ssm_train.peft.coverage import count_parameters
-from ssm_train.peft.liveness import check_liveness, unchanged
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.plot import plot_selection
+from ssm_train.preflight import prove_alive
 from ssm_train.record import WARMUP
 from ssm_train.resume import RunCheckpoints
 from ssm_train.runlog import RunLog
 from ssm_train.summary import Result, export_weights, print_summary, write_result
-
-FULL_ROW = 4096  # tokens from which on kernels choose as they do for longer rows
-
-
-def compiled_length(tokens: int, row: int) -> int:
-    """The length of a row for so many tokens, in a run with rows of `row`, for which hardly any
-    kernel has to be compiled beside the run's own: they also ask whether 16 divides it."""
-    return max(-(-tokens // 16) * 16, min(row, FULL_ROW))
 
 
 @dataclass
@@ -103,57 +92,6 @@ class Ready:
         """Loss over the targets of a batch, in the run's precision."""
         with distributed.autocast(self.cfg.prec, self.accelerator.device):
             return self.subject.adapter.token_losses(model, batch)
-
-    def compile_kernels(self) -> None:
-        """All ranks. What a training step launches, before it would be compiled one by one."""
-        kernels = self.subject.prepared.kernels.values()
-        if self.accelerator.device.type != "cuda" or all("riton" not in name for name in kernels):
-            return
-        from ssm_train.kernels.compiling import compile_ahead  # triton
-
-        model = self.subject.prepared.model
-        batch = self.micro_batches(0)[0].to(self.accelerator.device)
-        try:
-            with unchanged(model, training=True), compile_ahead():
-                self.token_losses(model, batch).loss.backward()
-        except Exception as error:  # what is wrong shows again when kernels run
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"kernels are compiled one after the other: {reason}", stacklevel=2)
-
-    def prove_alive(self) -> None:
-        """All ranks. Raises InputError naming a trainable tensor without a gradient."""
-        check_liveness(
-            self.subject.prepared.model,
-            self.micro_batches(0)[0].to(self.accelerator.device),
-            self.token_losses,
-            reduce_max=distributed.reduce_max,
-        )
-
-    def prove_isolated(self) -> None:
-        """All ranks, on the same two documents. Raises InputError where packed ones touch."""
-        examples, row = self.data["train"], self.order.micro_batches(0)[0]
-        shortest = row[np.argsort(examples.lengths[row], kind="stable")[:2]]
-        documents = np.resize(shortest, 2)  # the same one twice where there is one alone
-        lengths = examples.lengths[documents]
-        device = self.accelerator.device
-        if device.type == "cpu":
-            pair = pack(examples, documents, int(lengths.sum()))
-            alone = collate(examples, documents[1:])
-        else:  # in long rows of one length, for which kernels are compiled already
-            tokens = compiled_length(int(lengths.sum()), self.cfg.row_tokens)
-            pair, alone = (pack(examples, documents[i:], tokens) for i in range(2))
-        second = pair.target_positions >= int(lengths[0])
-        pair.targets, pair.target_positions = pair.targets[second], pair.target_positions[second]
-        adapter = self.subject.adapter
-
-        def token_logits(model: nn.Module, batch: Batch) -> Tensor:
-            with distributed.autocast(self.cfg.prec, device):
-                return adapter.token_logits(model, batch)
-
-        check_isolation(
-            self.subject.prepared.model, pair.to(device), alone.to(device), self.token_losses,
-            token_logits, exact=self.cfg.prec == "fp32" and device.type == "cpu",
-        )  # fmt: skip
 
 
 @dataclass
@@ -278,7 +216,7 @@ def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | No
     ready.found, ready.notes = None, [str(selection)]
     distributed.seed_everything(ready.cfg.seed)
     method.begin_training(ready.subject.prepared, selection)
-    ready.prove_alive()
+    prove_alive(ready)
     return None
 
 

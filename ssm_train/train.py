@@ -50,6 +50,7 @@ from ssm_train.peft.coverage import measure_coverage
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import PeftSpec, load_peft
 from ssm_train.plan import settle_tokens
+from ssm_train.preflight import compile_kernels, prove_alive, prove_isolated
 from ssm_train.record import (
     MARKER,
     WARMUP,
@@ -153,16 +154,16 @@ def get_ready(
         method.restore_base(prepared.model, found.tensors["base"])
     with tell_compiling(device, say_line):
         began = time.perf_counter()
-        ready.compile_kernels()
+        compile_kernels(ready)
         if (seconds := time.perf_counter() - began) > 1:
             ready.notes.append(f"kernels compiled in {seconds:.1f} s")
         if method and not found:
             method.calibrate(prepared, ready.examples(), ready.token_losses)
         began = time.perf_counter()
-        ready.prove_alive()
+        prove_alive(ready)
         proven = "every trained tensor is alive"
         if cfg.packing and cfg.packing_check:
-            ready.prove_isolated()
+            prove_isolated(ready)
             proven += " and packed documents are apart"
         ready.notes.append(f"{proven}, checked in {time.perf_counter() - began:.1f} s")
     autocast = partial(distributed.autocast, cfg.prec, device)

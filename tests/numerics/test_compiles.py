@@ -12,27 +12,16 @@ import pytest
 pytest.importorskip("triton", reason="Triton needs Linux")
 
 ROOT = Path(__file__).parents[2]
-COMPILE = """
-import sys
-import threading
-
-import torch
-from triton import knobs
+TARGET = """
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-from ssm_train.kernels.causal_conv1d import triton as convolution
-from ssm_train.kernels.compiling import compile_ahead
-from ssm_train.kernels.gla.triton import gla_step
-from ssm_train.kernels.rms_norm import triton as norm
-from ssm_train.kernels.selective_scan import triton as scan
 
 
 class Target:
     '''What Triton asks of a driver to compile for a GPU that is not there.'''
 
     def get_current_target(self):
-        return GPUTarget("cuda", int(sys.argv[1]), 32)
+        return GPUTarget("cuda", CAPABILITY, 32)
 
     def get_current_device(self):
         return 0
@@ -42,6 +31,19 @@ class Target:
 
 
 driver.set_active(Target())
+"""
+COMPILE = """
+import threading
+
+import torch
+from triton import knobs
+
+from ssm_train.kernels.causal_conv1d import triton as convolution
+from ssm_train.kernels.compiling import compile_ahead
+from ssm_train.kernels.gla.triton import gla_step
+from ssm_train.kernels.rms_norm import triton as norm
+from ssm_train.kernels.selective_scan import triton as scan
+
 compiled = set()
 threads = set()
 
@@ -92,25 +94,10 @@ from pathlib import Path
 import torch
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from ssm_train.kernels import choices, tuning
 from ssm_train.kernels.compiling import compile_ahead
 
-
-class Target:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
-driver.set_active(Target())
 spec = importlib.util.spec_from_file_location("fla.toy_kernels", sys.argv[1])
 toy = sys.modules["fla.toy_kernels"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toy)
@@ -143,9 +130,10 @@ selective_scan._sum_segments selective_scan._sum_segments_back
 """
 
 
-def run(script: str, argument: str, directory: Path) -> str:
+def run(script: str, directory: Path, capability: int, *arguments: str) -> str:
     """What a script says, in a process without the interpreter."""
-    (directory / "script.py").write_text(script, encoding="utf-8")
+    target = TARGET.replace("CAPABILITY", str(capability))
+    (directory / "script.py").write_text(target + script, encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {
         "TRITON_CACHE_DIR": str(directory / "cache"),
@@ -154,7 +142,7 @@ def run(script: str, argument: str, directory: Path) -> str:
     }
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, str(directory / "script.py"), argument],
+        [sys.executable, str(directory / "script.py"), *arguments],
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -163,10 +151,10 @@ def run(script: str, argument: str, directory: Path) -> str:
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
-    assert run(COMPILE, str(capability), tmp_path).split() == KERNELS.split()
+    assert run(COMPILE, tmp_path, capability).split() == KERNELS.split()
 
 
 def test_only_a_stored_choice_is_compiled_ahead(tmp_path: Path) -> None:
     """With it nothing is measured, and the autotuner still has to take it when the kernel runs."""
     toy = Path(__file__).with_name("toy_kernels.py")
-    assert run(TUNED, str(toy), tmp_path).split() == ["[16]", "[]", "{}"]
+    assert run(TUNED, tmp_path, 90, str(toy)).split() == ["[16]", "[]", "{}"]

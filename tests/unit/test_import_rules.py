@@ -30,7 +30,7 @@ PARTS_OF_ADAPTERS = {"ssm_train.adapters.gla_mixer", "ssm_train.adapters.gla_tri
 COMPOSITION = tuple(
     f"ssm_train.{name}"
     for name in (
-        *("train", "fit", "bases", "assemble", "finished", "shape", "warmup", "plan"),
+        *("train", "fit", "preflight", "bases", "assemble", "finished", "shape", "warmup", "plan"),
         "launch.complete",
         "mamba_peft",
     )
