@@ -22,14 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from throughput import MODELS, SPECIAL
+from throughput import MODELS, SPECIAL, build_model
 
 from ssm_train import distributed
-from ssm_train.adapters import registry
-from ssm_train.adapters.base import ModelSpec
 from ssm_train.generate import Decoder, language_model, read_options
 from ssm_train.metrics import peak_memory_gib
-from ssm_train.peft.spec import load_peft
 from ssm_train.record import describe_environment
 
 RANK = 16
@@ -40,22 +37,8 @@ TARGETS = {"gla": "all-linear", "mamba": ["in_proj", "x_proj", "dt_proj"], "mamb
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def in_place() -> Any:
-    """Random weights are made where they stay."""
-    return torch.device(DEVICE)
-
-
 def ours(config: dict[str, Any], targets: list[str] | str = "all-linear") -> torch.nn.Module:
-    spec = ModelSpec(
-        new_model=config, dtype=torch.bfloat16, device=str(DEVICE), init_context=in_place
-    )
-    adapter, _ = registry.resolve(spec)
-    prepared = adapter.prepare(spec)
-    peft = load_peft(
-        {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets}
-    )
-    assert peft is not None
-    peft.make().inject(prepared)
+    _, prepared = build_model(config, DEVICE, rank=RANK, targets=targets)
     for name, parameter in prepared.model.named_parameters():
         if "lora_B" in name:  # as after training
             torch.nn.init.normal_(parameter, std=0.02)
@@ -74,7 +57,7 @@ def stock(
     kind: Any = config.model_type
     if kind == "gla":
         config.fuse_swiglu = False  # it reads the weight of down_proj past its LoRA
-    with in_place():
+    with torch.device(DEVICE):
         theirs = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, task_type="CAUSAL_LM")
     theirs = get_peft_model(theirs, lora, autocast_adapter_dtype=adapters == torch.float32)

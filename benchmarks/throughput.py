@@ -23,7 +23,7 @@ import torch
 
 from ssm_train import distributed
 from ssm_train.adapters import registry
-from ssm_train.adapters.base import Batch, ModelSpec
+from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, Prepared
 from ssm_train.data.batches import collate, pack
 from ssm_train.data.tasks.quickstart import QUICKSTART
 from ssm_train.data.tokens import Chunk, TokenizedDataset
@@ -55,6 +55,33 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 64, "n_groups": 1, "vocab_size": 50288,
     },
 }  # fmt: skip
+
+
+def build_model(
+    config: dict[str, Any],
+    device: str | torch.device,
+    *,
+    rank: int = 16,
+    targets: list[str] | str | None = None,
+    recompute: bool | str = False,
+) -> tuple[ModelAdapter, Prepared]:
+    """Random weights, made where they stay: in bf16 with LoRA on `targets` (None: all projections),
+    or, with rank 0, in fp32 and all trained."""
+    spec = ModelSpec(
+        new_model=config,
+        dtype=torch.bfloat16 if rank else torch.float32,
+        device=str(device),
+        gradient_checkpointing=recompute,
+        init_context=lambda: torch.device(device),
+    )
+    adapter, _ = registry.resolve(spec)
+    prepared = adapter.prepare(spec)
+    if rank:
+        given = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
+        peft = load_peft(given)
+        assert peft is not None
+        peft.make().inject(prepared)
+    return adapter, prepared
 
 
 def draw_examples(count: int, vocab_size: int, length: int | None = None) -> TokenizedDataset:
@@ -136,18 +163,9 @@ def main() -> None:
     distributed.seed_everything(0)
     config = MODELS[arguments.model] | SPECIAL
     recompute = True if arguments.recompute == "all" else arguments.recompute or False
-    spec = ModelSpec(
-        new_model=config,
-        dtype=torch.bfloat16,
-        device=str(accelerator.device),
-        gradient_checkpointing=recompute,
-        init_context=lambda: torch.device(accelerator.device),
+    adapter, prepared = build_model(
+        config, accelerator.device, rank=arguments.rank, recompute=recompute
     )
-    adapter, _ = registry.resolve(spec)
-    prepared = adapter.prepare(spec)
-    peft = load_peft({"peft_type": "LORA", "r": arguments.rank, "lora_alpha": arguments.rank})
-    assert peft is not None
-    peft.make().inject(prepared)
     settings = OptimSettings(learning_rate=1e-4)
     optimizer = build_optimizer(prepared.model, settings, prepared.traits.no_decay)
     model, optimizer = accelerator.prepare(prepared.model, optimizer)

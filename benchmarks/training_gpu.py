@@ -26,16 +26,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from throughput import MODELS, SPECIAL, draw_examples
+from throughput import MODELS, SPECIAL, build_model, draw_examples
 
 from ssm_train import distributed
-from ssm_train.adapters import registry
-from ssm_train.adapters.base import Batch, ModelSpec
+from ssm_train.adapters.base import Batch
 from ssm_train.data.batches import pack
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.loop import Schedule, Training, train_step
 from ssm_train.optim import OptimSettings, build_optimizer
-from ssm_train.peft.spec import load_peft
 from ssm_train.record import describe_environment
 
 RANK = 16
@@ -97,19 +95,7 @@ def ours(
         accelerator = distributed.build_accelerator("bf16", "cuda")
         distributed.seed_everything(0)
         config = MODELS[model] | SPECIAL
-        stored = torch.float32 if full else torch.bfloat16
-        spec = ModelSpec(
-            new_model=config, dtype=stored, device="cuda",
-            init_context=lambda: torch.device("cuda"),
-        )  # fmt: skip
-        adapter, _ = registry.resolve(spec)
-        prepared = adapter.prepare(spec)
-        if not full:
-            peft = load_peft(
-                {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets}
-            )
-            assert peft is not None
-            peft.make().inject(prepared)
+        adapter, prepared = build_model(config, "cuda", rank=0 if full else RANK, targets=targets)
         optimizer = build_optimizer(prepared.model, OPTIM, prepared.traits.no_decay)
         net, optimizer = accelerator.prepare(prepared.model, optimizer)
         rows = packed_rows(config["vocab_size"], tokens, LONG if full else None)

@@ -64,7 +64,7 @@ class GradientGraphs:
         assert batch.cu_seqlens is not None
         shape = batch.input_ids.numel(), batch.cu_seqlens.numel(), batch.targets.numel()
         if self.off or shape not in self.recorded:
-            if self.held and free_memory() - self.held < self.held:
+            if self.held and unused_memory() - self.held < self.held:
                 self.drop()
             self.recorded[shape] = None
             return self.gradients(batch, scale)
@@ -129,7 +129,7 @@ def current_stream(batch: Batch) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
-def free_memory() -> int:
+def unused_memory() -> int:
     """Bytes that no tensor is in, those inside of a graph among them."""
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
