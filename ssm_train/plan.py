@@ -155,8 +155,9 @@ def describe(plan: Plan, memory: float, cfg: RunConfig) -> Iterator[str]:
         f"{each / 2**20:.2f} MiB each"
     )
     yield f"logits       {gib(plan.logits)}"
-    yield f"peak         {gib(plan.peak(plan.tokens))} of {gib(memory)}"
     most = plan.most_tokens(memory)
+    verdict = "" if plan.tokens <= most else ", which does not fit"
+    yield f"peak         {gib(plan.peak(plan.tokens))} of {gib(memory)}{verdict}"
     if most < 1:
         yield "nothing fits: the weights and what is trained need more than that"
     elif cfg.packing:

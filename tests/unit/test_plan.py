@@ -95,8 +95,10 @@ def test_lines_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     names = ("parameters", "weights", "optimizer", "activations", "logits", "peak", "largest")
     assert [line.split()[0] for line in lines] == list(names)
     assert lines[-1].split()[1] == "tokens_per_batch"
+    assert "fit" not in "".join(lines)
     assert main(["plan", "--cfg", str(config), "--gib", "0.001"]) == DONE
-    assert "nothing fits" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing fits" in said and "GiB, which does not fit" in said
 
 
 def test_padded_rows_need_a_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
