@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssm_train import distributed, graphs
 from ssm_train.adapters.base import Batch, LossSum
@@ -72,6 +72,10 @@ class Ready:
         return cfg.cuda_graphs is not False and reason is None
 
     @property
+    def proves_isolation(self) -> bool:
+        return self.cfg.packing and self.cfg.packing_check
+
+    @property
     def warms_up(self) -> bool:
         """Whether the method's first stage is still to be trained, or to be ended."""
         method = self.subject.method
@@ -92,6 +96,11 @@ class Ready:
         """Loss over the targets of a batch, in the run's precision."""
         with distributed.autocast(self.cfg.prec, self.accelerator.device):
             return self.subject.adapter.token_losses(model, batch)
+
+    def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits at the targets of a batch, in the run's precision."""
+        with distributed.autocast(self.cfg.prec, self.accelerator.device):
+            return self.subject.adapter.token_logits(model, batch)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor, nn
+import torch
 
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch
@@ -23,16 +23,21 @@ FULL_ROW = 4096  # tokens from which on kernels choose as they do for longer row
 
 
 def compile_kernels(ready: Ready) -> None:
-    """All ranks. What a training step launches, before it would be compiled one by one."""
+    """All ranks. What a training step and the proofs launch, before it is compiled one by one."""
     device, prepared = ready.accelerator.device, ready.subject.prepared
     if device.type != "cuda" or not any("riton" in name for name in prepared.kernels.values()):
         return
     from ssm_train.kernels.compiling import compile_ahead  # triton, which a CPU may do without
 
-    batch = ready.micro_batches(0)[0].to(device)
+    batches = [ready.micro_batches(0)[0].to(device)]
+    if ready.proves_isolation:
+        batches += lay_pair(ready)
     try:
         with unchanged(prepared.model, training=True), compile_ahead():
-            ready.token_losses(prepared.model, batch).loss.backward()
+            for batch in batches[:2]:
+                ready.token_losses(prepared.model, batch).loss.backward()
+            with torch.no_grad():
+                ready.token_logits(prepared.model, batches[-1])
     except Exception as error:  # what is wrong shows again when kernels run
         reason = str(error).partition("\n")[0]
         warnings.warn(f"kernels are compiled one after the other: {reason}", stacklevel=2)
@@ -50,7 +55,16 @@ def prove_alive(ready: Ready) -> None:
 
 def prove_isolated(ready: Ready) -> None:
     """All ranks, on the same two documents. Raises InputError where packed ones touch."""
-    cfg, device, adapter = ready.cfg, ready.accelerator.device, ready.subject.adapter
+    pair, alone = lay_pair(ready)
+    check_isolation(
+        ready.subject.prepared.model, pair, alone, ready.token_losses, ready.token_logits,
+        exact=ready.cfg.prec == "fp32" and pair.input_ids.device.type == "cpu",
+    )  # fmt: skip
+
+
+def lay_pair(ready: Ready) -> tuple[Batch, Batch]:
+    """Two short documents in a row, with the targets of the second only, and that one alone."""
+    device, row_tokens = ready.accelerator.device, ready.cfg.row_tokens
     examples, row = ready.data["train"], ready.order.micro_batches(0)[0]
     shortest = row[np.argsort(examples.lengths[row], kind="stable")[:2]]
     documents = np.resize(shortest, 2)  # the same one twice where there is one alone
@@ -59,19 +73,11 @@ def prove_isolated(ready: Ready) -> None:
         pair = pack(examples, documents, int(lengths.sum()))
         alone = collate(examples, documents[1:])
     else:  # padded rows have kernels of their own, which nothing has compiled
-        tokens = compiled_length(int(lengths.sum()), cfg.row_tokens)
+        tokens = compiled_length(int(lengths.sum()), row_tokens)
         pair, alone = (pack(examples, documents[i:], tokens) for i in range(2))
     second = pair.target_positions >= int(lengths[0])
     pair.targets, pair.target_positions = pair.targets[second], pair.target_positions[second]
-
-    def token_logits(model: nn.Module, batch: Batch) -> Tensor:
-        with distributed.autocast(cfg.prec, device):
-            return adapter.token_logits(model, batch)
-
-    check_isolation(
-        ready.subject.prepared.model, pair.to(device), alone.to(device), ready.token_losses,
-        token_logits, exact=cfg.prec == "fp32" and device.type == "cpu",
-    )  # fmt: skip
+    return pair.to(device), alone.to(device)
 
 
 def compiled_length(tokens: int, row: int) -> int:

@@ -162,7 +162,7 @@ def get_ready(
         began = time.perf_counter()
         prove_alive(ready)
         proven = "every trained tensor is alive"
-        if cfg.packing and cfg.packing_check:
+        if ready.proves_isolation:
             prove_isolated(ready)
             proven += " and packed documents are apart"
         ready.notes.append(f"{proven}, checked in {time.perf_counter() - began:.1f} s")

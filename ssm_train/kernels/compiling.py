@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,17 +19,19 @@ MOST_THREADS = 16
 
 @contextmanager
 def compile_ahead() -> Iterator[None]:
-    """Meanwhile no kernel runs: each is compiled, several at a time. What is computed inside is
-    garbage of the right shapes. A kernel without a stored choice is left out: it has to be tuned.
-    One that does not compile says so when it is launched.
+    """Meanwhile no kernel runs; they are compiled and loaded, several at a time. What is computed
+    inside is garbage of the right shapes. A kernel without a stored choice is left out: it has to
+    be tuned. One that does not compile says so when it is launched.
     """
     from triton import AsyncCompileMode
 
     run, run_tuner = JITFunction.run, Autotuner.run
     stored = {name: vars(tuner).get("run") for name, tuner in find_choosing().items()}
+    compiled: list[Any] = []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+        return compiled[-1]
 
     def skip_untuned(self: Any, *args: Any, **options: Any) -> Any:
         if len(self.configs) == 1 or key_of(self, args, options) in self.cache:
@@ -48,19 +50,35 @@ def compile_ahead() -> Iterator[None]:
         finally:
             del tuner.cache[key]  # whether it fits shows when it runs
 
+    with start_threads() as pool:
+        # Triton looks for its mode in the thread that launches: the backward pass has to be in it.
+        with (
+            AsyncCompileMode(pool, ignore_errors=True),
+            torch.autograd.set_multithreading_enabled(False),
+            intercept(choose),
+        ):
+            JITFunction.run, Autotuner.run = compile_only, skip_untuned  # type: ignore[method-assign]
+            try:
+                yield
+            finally:
+                JITFunction.run, Autotuner.run = run, run_tuner  # type: ignore[method-assign]
+        # Triton 3.6 runs a C compiler for what launches a kernel, a third of a second each.
+        list(pool.map(load, {id(kernel): kernel for kernel in compiled}.values()))
+
+
+def start_threads() -> ThreadPoolExecutor:
+    """As many as there are cores, on this thread's GPU."""
     threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
-    # Triton looks for its mode in the thread that launches, so the backward pass has to be in it.
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        AsyncCompileMode(pool, ignore_errors=True),
-        torch.autograd.set_multithreading_enabled(False),
-        intercept(choose),
-    ):
-        JITFunction.run, Autotuner.run = compile_only, skip_untuned  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            JITFunction.run, Autotuner.run = run, run_tuner  # type: ignore[method-assign]
+    if not torch.cuda.is_available():
+        return ThreadPoolExecutor(threads)
+    here = (torch.cuda.current_device(),)
+    return ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=here)
+
+
+def load(kernel: Any) -> None:
+    """A compiled kernel, as its first launch does."""
+    with suppress(Exception):  # it says so when it is launched
+        kernel.run  # noqa: B018  a property that loads
 
 
 @contextmanager

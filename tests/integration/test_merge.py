@@ -222,14 +222,19 @@ def test_what_mamba_ssm_does_not_compute_is_refused(
 )
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 @pytest.mark.parametrize("name", ["dora", "head"])
-def test_mamba_ssm_s_own_loader_and_kernels(family: str, name: str, tmp_path: Path) -> None:
+def test_mamba_ssm_s_own_loader_and_kernels(
+    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    from mamba_ssm.modules import mamba2
 
+    # The CUDA convolution, where it is installed, wants widths that are multiples of 8.
+    monkeypatch.setattr(mamba2, "causal_conv1d_fn", None)
     prepared, ids = adapted(family, SETTINGS[name]), tokens(2, 13)
     expected = logits_of(prepared.model, ids)
     merged = merge_adapter(prepared.model, prepared.traits)
     write_merged(merged, tmp_path, base_id="someone/base", file_format="mamba_ssm")
-    if family == "mamba2":  # the other path needs causal_conv1d
+    if family == "mamba2":  # the other path has no other convolution
         config = json.loads((tmp_path / "config.json").read_text())
         config["ssm_cfg"]["use_mem_eff_path"] = False
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -13,12 +13,30 @@ pytest.importorskip("triton", reason="Triton needs Linux")
 
 ROOT = Path(__file__).parents[2]
 TARGET = """
+import threading
+
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+loaded = []  # (thread, name) of each kernel
+
 
 class Target:
-    '''What Triton asks of a driver to compile for a GPU that is not there.'''
+    '''What Triton asks of a driver to compile for a GPU that is not there, and to load.'''
+
+    def launcher_cls(self, src, metadata):
+        return None
+
+    class utils:
+        def get_device_properties(device):
+            return {"max_shared_mem": 2**17}
+
+        def load_binary(name, binary, shared, device):
+            loaded.append((threading.get_ident(), name))
+            return 1, 1, 0, 0, 1024
+
+        def unload_module(module):
+            pass
 
     def get_current_target(self):
         return GPUTarget("cuda", CAPABILITY, 32)
@@ -33,8 +51,6 @@ class Target:
 driver.set_active(Target())
 """
 COMPILE = """
-import threading
-
 import torch
 from triton import knobs
 
@@ -85,6 +101,8 @@ with compile_ahead():
         gla_step(q, k, v, g, torch.zeros(2, 2, 16, 16))
 print(*sorted(compiled))
 assert len(threads) > 1 and threading.get_ident() not in threads, threads
+assert {name for _, name in loaded} == {name.partition(".")[2] for name in compiled}, loaded
+assert len(loaded) >= len(compiled) and threading.get_ident() not in dict(loaded), loaded
 """
 TUNED = """
 import importlib.util

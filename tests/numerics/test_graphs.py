@@ -132,7 +132,11 @@ def test_dropout_differs_from_replay_to_replay() -> None:
 def test_a_wait_for_the_device_ends_recording_and_nothing_else() -> None:
     batch = packed_batches(1)[0].to("cuda")
     run, _ = training("gla", "cuda", [batch], graphs=True, lora_dropout=0.5)
-    run.model.register_forward_pre_hook(lambda *_: torch.zeros((), device="cuda").item() and None)
+
+    def wait(*_: Any) -> None:
+        torch.cuda.synchronize()
+
+    run.model.register_forward_pre_hook(wait)
     one, stream = torch.ones((), device="cuda"), torch.cuda.current_stream()
     run.gradients(batch, one)
     with pytest.warns(UserWarning, match="no CUDA graphs"):
