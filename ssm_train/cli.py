@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         "mamba_ssm, once it is shown that they compute the same.",
         "ssm-train merge output/benchmark/quickstart_seed42/mamba_lora --out merged/",
     )
-    add_run_arguments(merge_)
+    add_run_arguments(merge_, device="cpu")  # kernels of a GPU multiply fp32 in TF32
     merge_.add_argument("--out", type=Path, required=True, help="directory for the weights")
     merge_.add_argument(
         "--format",
@@ -233,12 +233,14 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser, device: str = "auto") -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
     parser.add_argument(
         "--checkpoint", default="best", metavar="STEP", help="best (default), last or a step"
     )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:1")
+    parser.add_argument(
+        "--device", default=device, help=f"auto, cpu, cuda or cuda:1 (default: {device})"
+    )
 
 
 def positive(text: str) -> int:

@@ -126,7 +126,7 @@ def count_kept(kept: Kept, config: Any, size: int, recompute: bool | str) -> tup
     whole = kept.layer + kept.mixer + kept.mlp
     left, again = whole, 0.0
     if recompute is True:
-        left, again = one, whole
+        left, again = kept.entering, whole
     elif recompute == "mixer":
         left, again = whole - kept.mixer + one, kept.mixer
     elif recompute == "mlp":

@@ -144,6 +144,8 @@ class Kept:
     adapter that `ssm-train plan` knows has `kept(config, size)`: its transformers configuration,
     and the bytes of a number in the run's precision."""
 
+    entering: float
+    """What it reads, which is all that stays of a layer that is computed again."""
     layer: float
     """Outside of its parts."""
     mixer: float

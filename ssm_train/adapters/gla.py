@@ -178,6 +178,7 @@ class GlaAdapter:
         copies = 1 + bool(config.use_short_conv) + bool(config.feature_map)
         fp32 = 4 * (2 * keys + CHUNK * config.num_heads)  # gate before and after, products of q, k
         return Kept(
+            entering=size * hidden,
             layer=size * 2 * hidden,  # what both norms read
             mixer=size * (hidden + copies * rows + 3 * values) + fp32,  # gate, o, what o_proj reads
             mlp=size * (hidden + 3 * inner),

@@ -292,7 +292,12 @@ class MambaAdapter:
         else:
             rows = 4 * inner + config.time_step_rank + 2 * states  # in_proj, convolution, y, x_proj
             fp32 = 4 * (inner + (states + 1) * inner / 128)  # step sizes; states and sums of steps
-        return Kept(layer=size * hidden, mixer=size * (hidden + rows) + fp32)
+        residual = hidden * (4 if config.residual_in_fp32 else size)
+        return Kept(
+            entering=residual + size * hidden,  # what `Block` reads
+            layer=residual,  # with what the mixer gave
+            mixer=size * (hidden + rows) + fp32,
+        )
 
     def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
         return common.token_losses(model, batch)
