@@ -26,6 +26,7 @@ from ssm_train import distributed
 from ssm_train.adapters import registry
 from ssm_train.adapters.base import Batch, ModelSpec
 from ssm_train.data.batches import collate, pack
+from ssm_train.engines.replicated import Replicated
 from ssm_train.loop import Schedule, Training, train_step
 from ssm_train.optim import OptimSettings, build_optimizer
 from ssm_train.record import describe_environment
@@ -45,18 +46,17 @@ def choose_batches(vocabulary: int, make: Callable[[Any, np.ndarray], Batch]) ->
 
 
 def train_ours(net: torch.nn.Module, config: dict[str, Any], steps: int) -> list[float]:
-    accelerator = distributed.build_accelerator("bf16", "auto")
+    engine = Replicated(distributed.build_accelerator("bf16", "auto"))
     adapter, _ = registry.resolve(ModelSpec(new_model=config))
-    optimizer = build_optimizer(net, OPTIM, adapter.traits.no_decay)
     batches = choose_batches(config["vocab_size"], lambda data, group: pack(data, group, ROW))
-    model, optimizer = accelerator.prepare(net, optimizer)
+    engine.prepare(net, lambda model: build_optimizer(model, OPTIM, adapter.traits.no_decay))
     run = Training(
-        accelerator=accelerator, model=model, optimizer=optimizer,
-        token_losses=adapter.token_losses, micro_batches=lambda step: [batches[step % BATCHES]],
+        engine=engine, token_losses=adapter.token_losses,
+        micro_batches=lambda step: [batches[step % BATCHES]],
         schedule=Schedule(steps, steps, steps, 1, steps, steps), optim=OPTIM, prec="bf16",
         log=lambda row: None, evaluate=None, save=None, cuda_graphs=torch.cuda.is_available(),
     )  # fmt: skip
-    model.train()
+    engine.model.train()
     return [train_step(run, step).read().loss for step in range(steps)]
 
 

@@ -27,6 +27,7 @@ from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, Prepared
 from ssm_train.data.batches import collate, pack
 from ssm_train.data.tasks.quickstart import QUICKSTART
 from ssm_train.data.tokens import Chunk, TokenizedDataset
+from ssm_train.engines.replicated import Replicated
 from ssm_train.loop import Schedule, Training, train_step
 from ssm_train.metrics import peak_memory_gib
 from ssm_train.optim import OptimSettings, build_optimizer
@@ -159,25 +160,23 @@ def main() -> None:
     arguments = parser.parse_args()
 
     began = time.perf_counter()
-    accelerator = distributed.build_accelerator("bf16", "auto")
+    engine = Replicated(distributed.build_accelerator("bf16", "auto"))
     distributed.seed_everything(0)
     config = MODELS[arguments.model] | SPECIAL
     recompute = True if arguments.recompute == "all" else arguments.recompute or False
-    adapter, prepared = build_model(
-        config, accelerator.device, rank=arguments.rank, recompute=recompute
-    )
+    adapter, prepared = build_model(config, engine.device, rank=arguments.rank, recompute=recompute)
     settings = OptimSettings(learning_rate=1e-4)
-    optimizer = build_optimizer(prepared.model, settings, prepared.traits.no_decay)
-    model, optimizer = accelerator.prepare(prepared.model, optimizer)
+    no_decay = prepared.traits.no_decay
+    engine.prepare(prepared.model, lambda model: build_optimizer(model, settings, no_decay))
     batches = make_steps(arguments, config["vocab_size"])
-    print(f"model on {accelerator.device} after {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"model on {engine.device} after {time.perf_counter() - began:.0f} s", flush=True)
     run = Training(
-        accelerator=accelerator, model=model, optimizer=optimizer,
-        token_losses=adapter.token_losses, micro_batches=lambda step: [batches[step]],
+        engine=engine, token_losses=adapter.token_losses,
+        micro_batches=lambda step: [batches[step]],
         schedule=Schedule(10_000, 10_000, 10_000, 1, 1, 1), optim=settings, prec="bf16",
         log=lambda row: None, evaluate=None, save=None,
     )  # fmt: skip
-    model.train()
+    engine.model.train()
     rates, losses, first = [], [], 0.0
     for step in range(len(batches)):
         started = time.perf_counter()

@@ -33,6 +33,7 @@ from ssm_train import distributed
 from ssm_train.adapters.base import Batch
 from ssm_train.data.batches import pack
 from ssm_train.data.tokens import TokenizedDataset
+from ssm_train.engines.replicated import Replicated
 from ssm_train.loop import Schedule, Training, train_step
 from ssm_train.optim import OptimSettings, build_optimizer
 from ssm_train.record import describe_environment
@@ -94,21 +95,20 @@ def ours(
     4,096 tokens."""
 
     def build() -> Any:
-        accelerator = distributed.build_accelerator("bf16", "cuda")
+        engine = Replicated(distributed.build_accelerator("bf16", "cuda"))
         distributed.seed_everything(0)
         config = MODELS[model] | SPECIAL
         adapter, prepared = build_model(config, "cuda", rank=0 if full else RANK, targets=targets)
-        optimizer = build_optimizer(prepared.model, OPTIM, prepared.traits.no_decay)
-        net, optimizer = accelerator.prepare(prepared.model, optimizer)
+        no_decay = prepared.traits.no_decay
+        engine.prepare(prepared.model, lambda net: build_optimizer(net, OPTIM, no_decay))
         rows = packed_rows(config["vocab_size"], tokens, LONG if full else None)
         run = Training(
-            accelerator=accelerator, model=net, optimizer=optimizer,
-            token_losses=adapter.token_losses,
+            engine=engine, token_losses=adapter.token_losses,
             micro_batches=lambda step: list(islice(rows, accumulation)),
             schedule=Schedule(10_000, 10_000, 10_000, 1, 1, 1), optim=OPTIM, prec="bf16",
             log=lambda row: None, evaluate=None, save=None, cuda_graphs=graphs,
         )  # fmt: skip
-        net.train()
+        engine.model.train()
 
         def train(steps: int) -> list[tuple[float, int, float]]:
             found, began = [], time.perf_counter()
@@ -123,7 +123,7 @@ def ours(
                 waiting = report
             return found
 
-        return net, train
+        return engine.model, train
 
     return build
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +23,10 @@ from ssm_train.errors import InputError
 Precision = Literal["bf16", "fp16", "fp32"]
 SECONDS_BETWEEN_QUESTIONS = 1.0
 ENGINES = ("NO", "MULTI_CPU", "MULTI_GPU")
-"""Accelerate's distributed types under which a step's gradients are ours."""
+"""Accelerate's distributed types that we build on."""
+ENGINE_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+"""Which engine was asked for; `engines` builds it on Accelerate's plain processes. Accelerate would
+run plain DDP, or nothing, where it has no way to run it on a CPU."""
 
 
 def rank() -> int:
@@ -174,16 +177,34 @@ def build_accelerator(prec: Precision, device: str) -> Any:
         raise InputError("prec: fp16 needs a GPU (loss scaling); use prec: bf16 or fp32 on a CPU")
     # Accelerate keeps the first precision and device of a process for all later ones.
     AcceleratorState._reset_state(reset_partial_state=True)
-    state = PartialState(cpu=on_cpu)
-    if chosen is not None:
-        state.device = chosen
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision="fp16" if prec == "fp16" else "no",  # fp16: its gradient scaler
-        step_scheduler_with_optimizer=False,
-    )
+    with without(ENGINE_VARIABLES):
+        state = PartialState(cpu=on_cpu)
+        if chosen is not None:
+            state.device = chosen
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="fp16" if prec == "fp16" else "no",  # fp16: its gradient scaler
+            step_scheduler_with_optimizer=False,
+        )
     check_accelerator(accelerator, device)
     return accelerator
+
+
+@contextmanager
+def without(variables: Sequence[str]) -> Iterator[None]:
+    """Environment variables are not there inside."""
+    taken = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
+
+
+def group_alone(device: torch.device) -> None:
+    """A process group of this one process, for engines that need one, unless there is a group."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def check_accelerator(accelerator: Any, device: str) -> None:

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from ssm_train.config import RunConfig
 from ssm_train.data.batches import collate
 from ssm_train.data.order import Order
 from ssm_train.data.tokens import TokenizedDataset
+from ssm_train.engines import Engine
 from ssm_train.errors import InputError
 from ssm_train.evaluate import Evaluation
 from ssm_train.loop import Outcome, Schedule, Training, TrainState, plan_schedule, train
@@ -44,7 +44,7 @@ class Ready:
 
     run_dir: Path
     cfg: RunConfig
-    accelerator: Any
+    engine: Engine
     subject: Subject
     base: str | None  # id of the model before training; None: new, and not kept yet
     data: Mapping[str, TokenizedDataset]  # by split
@@ -64,7 +64,7 @@ class Ready:
         """Whether to record them. Raises InputError where they are asked for and cannot be."""
         cfg = self.cfg
         reason = graphs.obstacle(
-            self.accelerator.device, cfg.packing, cfg.prec, bool(cfg.gradient_checkpointing),
+            self.engine.device, cfg.packing, cfg.prec, bool(cfg.gradient_checkpointing),
             distributed.world_size(),
         )  # fmt: skip
         if cfg.cuda_graphs and reason:
@@ -94,12 +94,12 @@ class Ready:
 
     def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
         """Loss over the targets of a batch, in the run's precision."""
-        with distributed.autocast(self.cfg.prec, self.accelerator.device):
+        with distributed.autocast(self.cfg.prec, self.engine.device):
             return self.subject.adapter.token_losses(model, batch)
 
     def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits at the targets of a batch, in the run's precision."""
-        with distributed.autocast(self.cfg.prec, self.accelerator.device):
+        with distributed.autocast(self.cfg.prec, self.engine.device):
             return self.subject.adapter.token_logits(model, batch)
 
 
@@ -109,16 +109,16 @@ class Stage:
 
     ready: Ready
     schedule: Schedule
-    bare: nn.Module  # not wrapped by an engine
-    model: nn.Module
-    optimizer: Any
+    sizes: tuple[int, int]
+    """Trained and all parameters."""
     checkpoints: RunCheckpoints
     state: TrainState
     log: RunLog
 
     def evaluate(self, step: int, split: str = "val") -> dict[str, float]:
         """All ranks. Metrics of a split, which the log gets too."""
-        values, rows = self.ready.evaluations[split].run(self.bare)
+        with self.ready.engine.whole() as model:
+            values, rows = self.ready.evaluations[split].run(model)
         self.log.evaluated(step, split, values, rows)
         return values
 
@@ -126,9 +126,7 @@ class Stage:
         """All ranks. Through the loop, to the end of the schedule or until something stops it."""
         ready, cfg = self.ready, self.ready.cfg
         training = Training(
-            accelerator=ready.accelerator,
-            model=self.model,
-            optimizer=self.optimizer,
+            engine=ready.engine,
             token_losses=ready.subject.adapter.token_losses,
             micro_batches=ready.micro_batches,
             schedule=self.schedule,
@@ -157,12 +155,14 @@ def open_stage(
     is kept in a directory of its own; `lines` are said first."""
     cfg, subject = ready.cfg, ready.subject
     run_dir = ready.run_dir / WARMUP if name == WARMUP else ready.run_dir
-    bare = subject.prepared.model
+    no_decay = subject.prepared.traits.no_decay
     lr_scale = getattr(subject.method, "lr_scale", same_rate)
-    optimizer = build_optimizer(bare, cfg, subject.prepared.traits.no_decay, lr_scale)
-    model, prepared_optimizer = ready.accelerator.prepare(bare, optimizer)
+    sizes = count_parameters(subject.prepared.model)  # while it is whole
+    ready.engine.prepare(
+        subject.prepared.model, lambda model: build_optimizer(model, cfg, no_decay, lr_scale)
+    )
     checkpoints = RunCheckpoints(
-        run_dir, cfg.save_total_limit, bare, optimizer, ready.accelerator.scaler, subject.method,
+        run_dir, cfg.save_total_limit, ready.engine, subject.method,
         global_batch=len(ready.order.micro_batches(0)) * (1 if cfg.packing else cfg.batch_size),
         stage=name,
     )  # fmt: skip
@@ -170,10 +170,10 @@ def open_stage(
     state = checkpoints.restore(ready.found) if ready.found else TrainState()
     with ExitStack() as stack:
         bar = Progress(schedule.total_steps, state.step, distributed.is_main())
-        for line in [*lines, *describe_rates(optimizer)]:
+        for line in [*lines, *describe_rates(ready.engine.optimizer)]:
             bar.say(line)
         stack.enter_context(bar)
-        stack.enter_context(tell_compiling(ready.accelerator.device, bar.say))
+        stack.enter_context(tell_compiling(ready.engine.device, bar.say))
         if distributed.is_main():  # rank 0
             run_dir.mkdir(exist_ok=True)
         log = RunLog(
@@ -181,7 +181,7 @@ def open_stage(
             trackers=cfg.trackers, config=cfg.model_dump(), step=state.step, tokens=state.tokens,
         )  # fmt: skip
         stack.callback(log.close)
-        yield Stage(ready, schedule, bare, model, prepared_optimizer, checkpoints, state, log)
+        yield Stage(ready, schedule, sizes, checkpoints, state, log)
 
 
 def tell_compiling(
@@ -198,7 +198,7 @@ def tell_compiling(
 def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | None:
     """All ranks. The first stage, then the choice, after which the model stands at the start of the
     last stage. Returns how it ended where that is too early."""
-    method, scaler = ready.subject.method, ready.accelerator.scaler
+    method, scaler = ready.subject.method, ready.engine.scaler
     assert isinstance(method, SdLoraMethod)
     fresh_scaler = scaler.state_dict() if scaler else None
     schedule = replace(ready.schedule, total_steps=method.warmup_steps)
@@ -209,17 +209,18 @@ def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | No
     if outcome != "finished":
         result = Result(
             outcome, ready.run_dir, stage.state.step, main_metric, {}, {}, None,
-            *count_parameters(stage.bare), time.perf_counter() - began, stage=WARMUP,
+            *stage.sizes, time.perf_counter() - began, stage=WARMUP,
         )  # fmt: skip
         if distributed.is_main():
             write_result(result)
             print_summary(result, stage.log.bar.say)
         return result
-    selection = distributed.gather_objects([method.select(stage.bare)])[0]
+    with ready.engine.whole() as whole:
+        selection = distributed.gather_objects([method.select(whole)])[0]
     if distributed.is_main():  # rank 0
         selection.write(ready.run_dir, method.record())
         plot_selection(selection, ready.run_dir / "selection.png")
-    ready.accelerator.free_memory()
+    ready.engine.free()
     if scaler:
         scaler.load_state_dict(fresh_scaler)
     ready.found, ready.notes = None, [str(selection)]
@@ -248,15 +249,17 @@ def fit(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result:
         seconds = time.perf_counter() - began
     result = Result(
         outcome, ready.run_dir, state.step, main_metric, log.before, after, after_step,
-        *count_parameters(stage.bare), seconds, test,
+        *stage.sizes, seconds, test,
         log.rates, log.rows.get("test") or log.rows.get("val", []),
     )  # fmt: skip
-    if distributed.is_main():  # rank 0
-        if complete:
+    with ready.engine.whole() as model:
+        if complete and distributed.is_main():  # rank 0
             result.exported = export_weights(
-                ready.run_dir, ready.subject.prepared, ready.subject.method,
+                ready.run_dir, replace(ready.subject.prepared, model=model), ready.subject.method,
                 base_id=ready.base, revision=cfg.revision,
             )  # fmt: skip
+        distributed.barrier()
+    if distributed.is_main():  # rank 0
         write_result(result)
         print_summary(result, log.bar.say)
     return result

@@ -8,17 +8,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch, TokenLosses
+from ssm_train.engines.base import Engine
 from ssm_train.graphs import GradientGraphs, Gradients
 from ssm_train.optim import OptimSettings, lr_at
 from ssm_train.settings import Settings
@@ -100,9 +99,7 @@ class TrainState:
 class Training:
     """What the loop works on. The functions know models, files and terminals; the loop does not."""
 
-    accelerator: Any
-    model: nn.Module
-    optimizer: Any
+    engine: Engine  # prepared
     token_losses: TokenLosses
     micro_batches: Callable[[int], list[Batch]]  # this rank's part of optimizer step k
     schedule: Schedule
@@ -118,7 +115,7 @@ class Training:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.engine.model.parameters() if p.requires_grad]
         self.gradients: Gradients = partial(add_gradients, self)
         if self.cuda_graphs:
             self.gradients = GradientGraphs(self.gradients, self.parameters)
@@ -222,32 +219,26 @@ def train_step(run: Training, step: int) -> Report:
     The gradient is that of (sum of the losses) / (supervised tokens), both over the whole step,
     so that accumulation, the number of processes and padding change nothing.
     """
-    device = run.accelerator.device
+    engine, device = run.engine, run.engine.device
     batches = [batch.to(device) for batch in run.micro_batches(step)]
-    for group in run.optimizer.param_groups:
+    for group in engine.optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr_at(step, run.schedule.decay_steps, run.optim)
 
     counts = on_device(
         device, sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)
     )
     counts = distributed.reduce_sum(counts)  # all ranks; stays on the device
-    # DDP averages gradients over the ranks; `world_size` makes that a sum.
+    # Engines average gradients over the ranks; `world_size` makes that a sum.
     scale = (distributed.world_size() / counts[0]).float()
 
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        with synchronise_only(run, last):
+        with engine.accumulate(last=i == len(batches) - 1):
             loss_sum += run.gradients(batch, scale)
 
-    norm = run.accelerator.clip_grad_norm_(run.parameters, run.optim.max_grad_norm or math.inf)
-    not_finite = (~torch.isfinite(norm)).float()
-    if run.accelerator.scaler is None:
-        # Fused AdamW leaves parameters, moments and its step count alone where found_inf is 1:
-        # the skip happens on the device.
-        run.optimizer.optimizer.found_inf = not_finite
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=not run.cuda_graphs)  # graphs add to the same memory
+    # CUDA graphs add to the same memory.
+    norm = engine.step(run.optim.max_grad_norm or math.inf, keep_gradients=run.cuda_graphs)
+    not_finite = ~torch.isfinite(norm)
 
     stop = on_device(device, float(bool(run.stop)))[0]
     world = distributed.world_size()
@@ -260,9 +251,9 @@ def train_step(run: Training, step: int) -> Report:
 
 def add_gradients(run: Training, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
     """The loss of a micro-batch, summed, after adding `scale` times its gradient."""
-    with distributed.autocast(run.prec, run.accelerator.device):
-        loss = run.token_losses(run.model, batch).loss
-    run.accelerator.backward(loss * scale)
+    with distributed.autocast(run.prec, run.engine.device):
+        loss = run.token_losses(run.engine.model, batch).loss
+    run.engine.backward(loss * scale)
     return loss.detach()
 
 
@@ -270,11 +261,6 @@ def on_device(device: torch.device, *values: float) -> torch.Tensor:
     """[n] fp64. Filled there: a copy from the host would wait for the device."""
     options: dict[str, Any] = {"dtype": torch.float64, "device": device}
     return torch.stack([torch.full((), value, **options) for value in values])
-
-
-def synchronise_only(run: Training, last: bool) -> AbstractContextManager[Any]:
-    """Gradients cross processes with the last micro-batch only."""
-    return nullcontext() if last else run.accelerator.no_sync(run.model)
 
 
 def note_best(run: Training, state: TrainState, metrics: dict[str, float]) -> bool:

@@ -24,7 +24,7 @@ FULL_ROW = 4096  # tokens from which on kernels choose as they do for longer row
 
 def compile_kernels(ready: Ready) -> None:
     """All ranks. What a training step and the proofs launch, before it is compiled one by one."""
-    device, prepared = ready.accelerator.device, ready.subject.prepared
+    device, prepared = ready.engine.device, ready.subject.prepared
     if device.type != "cuda" or not any("riton" in name for name in prepared.kernels.values()):
         return
     from ssm_train.kernels.compiling import compile_ahead  # triton, which a CPU may do without
@@ -47,7 +47,7 @@ def prove_alive(ready: Ready) -> None:
     """All ranks. Raises InputError naming a trainable tensor without a gradient."""
     check_liveness(
         ready.subject.prepared.model,
-        ready.micro_batches(0)[0].to(ready.accelerator.device),
+        ready.micro_batches(0)[0].to(ready.engine.device),
         ready.token_losses,
         reduce_max=distributed.reduce_max,
     )
@@ -64,7 +64,7 @@ def prove_isolated(ready: Ready) -> None:
 
 def lay_pair(ready: Ready) -> tuple[Batch, Batch]:
     """Two short documents in a row, with the targets of the second only, and that one alone."""
-    device, row_tokens = ready.accelerator.device, ready.cfg.row_tokens
+    device, row_tokens = ready.engine.device, ready.cfg.row_tokens
     examples, row = ready.data["train"], ready.order.micro_batches(0)[0]
     shortest = row[np.argsort(examples.lengths[row], kind="stable")[:2]]
     documents = np.resize(shortest, 2)  # the same one twice where there is one alone

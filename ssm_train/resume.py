@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from ssm_train import checkpoint, distributed, snapshot
 from ssm_train.adapters.base import PeftMethod
+from ssm_train.engines.base import Engine
 from ssm_train.loop import TrainState
 
 
@@ -19,35 +17,33 @@ class RunCheckpoints:
 
     run_dir: Path
     keep: int
-    model: nn.Module  # not wrapped by an engine
-    optimizer: Any  # torch's own
-    scaler: Any  # of fp16, or None
+    engine: Engine
     method: PeftMethod | None
     global_batch: int  # examples (packed: rows) in an optimizer step of all processes
     stage: str = "train"  # of the method's
 
     def save(self, state: TrainState) -> None:
         """All ranks. Writes a checkpoint, points at the best one, removes old ones."""
-        checkpoint.save_checkpoint(
-            self.run_dir,
-            state.step,
-            {
-                "trainable": snapshot.trainable_tensors(self.model),
-                "optimizer": snapshot.optimizer_tensors(
-                    self.optimizer, self.model.named_parameters()
-                ),
-                "base": self.method.changed_base(self.model) if self.method else {},
-            },
-            {
-                "train": asdict(state),
-                "stage": self.stage,
-                "global_batch": self.global_batch,
-                "scaler": self.scaler.state_dict() if self.scaler else None,
-            },
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            barrier=distributed.barrier,
-        )
+        scaler = self.engine.scaler
+        with self.engine.whole() as model:
+            checkpoint.save_checkpoint(
+                self.run_dir,
+                state.step,
+                {
+                    "trainable": self.engine.trained(),
+                    "optimizer": self.engine.optimizer_state(),
+                    "base": self.method.changed_base(model) if self.method else {},
+                },
+                {
+                    "train": asdict(state),
+                    "stage": self.stage,
+                    "global_batch": self.global_batch,
+                    "scaler": scaler.state_dict() if scaler else None,
+                },
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                barrier=distributed.barrier,
+            )
         if distributed.is_main():  # rank 0
             best_step = state.best_step  # also after a resume from before a damaged, better one
             if best_step and checkpoint.checkpoint_path(self.run_dir, best_step).exists():
@@ -59,12 +55,10 @@ class RunCheckpoints:
     def restore(self, found: checkpoint.Checkpoint) -> TrainState:
         """All ranks. Parameters, optimizer and random states as they were."""
         assert found.state.get("stage", "train") == self.stage, (found.state, self.stage)
-        self._load_weights(found)
-        snapshot.load_optimizer_tensors(
-            self.optimizer, found.tensors["optimizer"], self.model.named_parameters()
-        )
-        if self.scaler:
-            self.scaler.load_state_dict(found.state["scaler"])
+        self.engine.load_trained(found.tensors["trainable"])
+        self.engine.load_optimizer_state(found.tensors["optimizer"])
+        if self.engine.scaler:
+            self.engine.scaler.load_state_dict(found.state["scaler"])
         if found.rng is not None:
             snapshot.restore_rng(found.rng)
         return TrainState(**found.state["train"])
@@ -76,13 +70,9 @@ class RunCheckpoints:
         path = checkpoint.checkpoint_path(self.run_dir, state.best_step or 0)
         if not path.exists():
             return False
-        self._load_weights(checkpoint.load_checkpoint(path, rank=distributed.rank()))
+        best = checkpoint.load_checkpoint(path, rank=distributed.rank())
+        self.engine.load_trained(best.tensors["trainable"])
         return True
-
-    def _load_weights(self, found: checkpoint.Checkpoint) -> None:
-        snapshot.load_parameters(self.model, found.tensors["trainable"])
-        if self.method and "base" in found.tensors:
-            self.method.restore_base(self.model, found.tensors["base"])
 
 
 def find_resume_point(run_dir: Path) -> tuple[checkpoint.Checkpoint | None, list[str]]:

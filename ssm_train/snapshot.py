@@ -24,16 +24,9 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies `tensors` into the trainable parameters; the names must be exactly theirs."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    check_names(tensors, parameters)
-    missing = sorted(set(parameters) - set(tensors))
-    if missing:
-        raise InputError(
-            f"checkpoint: it lacks {missing[0]!r} and {len(missing) - 1} others of "
-            f"{len(parameters)} trained parameters; resume with the config of that run"
-        )
+    check_parameters(tensors, {name: p.shape for name, p in parameters.items()})
     with torch.no_grad():
         for name, tensor in tensors.items():
-            check_shape(name, tensor, parameters[name])
             parameters[name].copy_(tensor)
 
 
@@ -66,10 +59,23 @@ def load_optimizer_tensors(
         on_device = groups[parameter].get("fused") or groups[parameter].get("capturable")
         for key, tensor in by_name.get(name, {}).items():
             if key != "step":
-                check_shape(f"{name}.{key}", tensor, parameter)
+                check_shape(f"{name}.{key}", tensor, parameter.shape)
             # Only the fused and the capturable kernels count steps on the device.
             device = parameter.device if key != "step" or on_device else torch.device("cpu")
             optimizer.state[parameter][key] = tensor.to(device, copy=True)
+
+
+def check_parameters(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raises InputError unless they are exactly the trained parameters, by names and shapes."""
+    check_names(tensors, shapes)
+    missing = sorted(set(shapes) - set(tensors))
+    if missing:
+        raise InputError(
+            f"checkpoint: it lacks {missing[0]!r} and {len(missing) - 1} others of "
+            f"{len(shapes)} trained parameters; resume with the config of that run"
+        )
+    for name, tensor in tensors.items():
+        check_shape(name, tensor, shapes[name])
 
 
 def check_names(given: Collection[str], known: Collection[str]) -> None:
@@ -81,11 +87,11 @@ def check_names(given: Collection[str], known: Collection[str]) -> None:
         )
 
 
-def check_shape(name: str, tensor: Tensor, parameter: Tensor) -> None:
-    if tensor.shape != parameter.shape:
+def check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
         raise InputError(
             f"checkpoint: {name!r} has shape {list(tensor.shape)}, this run's is "
-            f"{list(parameter.shape)}; resume with the config of that run"
+            f"{list(shape)}; resume with the config of that run"
         )
 
 

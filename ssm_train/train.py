@@ -41,6 +41,8 @@ from ssm_train.bases import (
 from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
 from ssm_train.data.sources import check_data
+from ssm_train.engines import build_engine
+from ssm_train.engines.zero_config import Numbers
 from ssm_train.errors import InputError
 from ssm_train.fit import Ready, fit, tell_compiling, warm_up
 from ssm_train.lock import check_free, own
@@ -128,8 +130,14 @@ def get_ready(
     given: Subject | None,
 ) -> Ready:
     """All ranks. Model, data, PEFT and the proof that every trainable tensor is alive."""
-    accelerator = distributed.build_accelerator(cfg.prec, cfg.device)
-    device = accelerator.device
+    engine = build_engine(
+        distributed.build_accelerator(cfg.prec, cfg.device),
+        Numbers(
+            cfg.prec, 1 if cfg.packing else cfg.batch_size, cfg.gradient_accumulation_steps,
+            cfg.max_grad_norm,
+        ),
+    )  # fmt: skip
+    device = engine.device
     cfg, settled = settle_tokens(cfg, device)
     distributed.seed_everything(cfg.seed)
     base = base_id(cfg, run_dir)
@@ -142,7 +150,7 @@ def get_ready(
     found, notes = begin(run_dir, cfg, subject, inject=given is None)
     method, prepared = subject.method, subject.prepared
     order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)
-    ready = Ready(run_dir, cfg, accelerator, subject, base, data, order, {}, found, notes)
+    ready = Ready(run_dir, cfg, engine, subject, base, data, order, {}, found, notes)
     if ready.cuda_graphs:
         notes.append("forward and backward are recorded as CUDA graphs")
     if distributed.is_main():  # rank 0; now, as the next lines may compile for minutes
@@ -258,8 +266,10 @@ def describe_start(ready: Ready, provenance: Mapping[str, str]) -> list[str]:
     """What a run says first: values that are no defaults, processes, model, kernels, PEFT, data,
     steps."""
     prepared, schedule, data = ready.subject.prepared, ready.schedule, ready.data
-    world, device = distributed.world_size(), ready.accelerator.device
+    world, device = distributed.world_size(), ready.engine.device
     processes = f"{world} processes on {device.type}" if world > 1 else f"1 process on {device}"
+    if (name := ready.engine.name) not in processes:
+        processes += f" under {name}"
     counts = ", ".join(f"{len(dataset):,} {split}" for split, dataset in data.items())
     dropped = data["train"].dropped
     too_long = f" ({dropped:,} longer than max_length dropped)" if dropped else ""

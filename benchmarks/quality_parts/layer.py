@@ -16,6 +16,7 @@ from ssm_train import distributed
 from ssm_train.adapters.base import Batch, LossSum, Prepared
 from ssm_train.adapters.mamba_mixer import MambaMixer
 from ssm_train.adapters.registry import FAMILIES, adopt
+from ssm_train.engines.replicated import Replicated
 from ssm_train.loop import LoopSettings, Training, TrainState, plan_schedule, train
 from ssm_train.optim import OptimSettings, build_optimizer
 from ssm_train.peft.coverage import count_parameters
@@ -97,11 +98,11 @@ def run(job: Job, options: Options) -> Found:
     """`error`: mean squared error on inputs that were not trained on, over that of the frozen
     layer, so that 1 is no progress."""
     seed = job["seed"]
-    accelerator = distributed.build_accelerator("fp32", options.device)
-    target = draw_layer(seed).to(accelerator.device)
+    engine = Replicated(distributed.build_accelerator("fp32", options.device))
+    target = draw_layer(seed).to(engine.device)
     prepared = Prepared(draw_layer(seed), None, FAMILIES["mamba"]()[0].traits)
     redraw(mixer_of(target), seed, job["target"])
-    prepared.model.to(accelerator.device)
+    prepared.model.to(engine.device)
 
     def squared_error(model: nn.Module, batch: Batch) -> LossSum:
         x = embed(model, batch.input_ids)
@@ -111,18 +112,18 @@ def run(job: Job, options: Options) -> Found:
         return LossSum(error.sum(), error.numel())
 
     def held_out_error() -> float:
-        batches = [draw_batch(-1 - i).to(accelerator.device) for i in range(8)]
+        batches = [draw_batch(-1 - i).to(engine.device) for i in range(8)]
         with torch.no_grad():
             sums = [squared_error(prepared.model, batch) for batch in batches]
         return float(sum(s.loss for s in sums) / sum(s.num_targets for s in sums))
 
     def fit(steps: int, first: int) -> None:
         settings = OptimSettings(learning_rate=job["rate"])
-        optimizer = build_optimizer(prepared.model, settings, prepared.traits.no_decay)
-        model, prepared_optimizer = accelerator.prepare(prepared.model, optimizer)
+        no_decay = prepared.traits.no_decay
+        engine.prepare(prepared.model, lambda net: build_optimizer(net, settings, no_decay))
         training = Training(
-            accelerator=accelerator, model=model, optimizer=prepared_optimizer,
-            token_losses=squared_error, micro_batches=lambda step: [draw_batch(first + step)],
+            engine=engine, token_losses=squared_error,
+            micro_batches=lambda step: [draw_batch(first + step)],
             schedule=plan_schedule(LoopSettings(max_steps=steps), steps), optim=settings,
             prec="fp32", log=lambda row: None, evaluate=None, save=None,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import nn
 
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch, LossSum
+from ssm_train.engines.replicated import Replicated
 from ssm_train.loop import LoopSettings, Schedule, Training, TrainState, plan_schedule, train
 from ssm_train.optim import OptimSettings, build_optimizer
 
@@ -51,7 +52,7 @@ def token_losses(model: nn.Module, batch: Batch) -> LossSum:
 
 def training(per_micro_batch: int, accumulation: int, total_steps: int = 2, **changes) -> Training:
     """The same 4 documents a step, however they are cut into micro-batches and ranks."""
-    accelerator = distributed.build_accelerator("fp32", "cpu")
+    engine = Replicated(distributed.build_accelerator("fp32", "cpu"))
     rank, world = distributed.rank(), distributed.world_size()
     assert per_micro_batch * accumulation * world == 4
 
@@ -61,13 +62,9 @@ def training(per_micro_batch: int, accumulation: int, total_steps: int = 2, **ch
         return [pad(mine[i : i + per_micro_batch]) for i in range(0, len(mine), per_micro_batch)]
 
     settings = OptimSettings(learning_rate=0.01, lr_scheduler_type="constant", weight_decay=0.1)
-    model = toy_model()
-    optimizer = build_optimizer(model, settings, ())
-    model, optimizer = accelerator.prepare(model, optimizer)
+    engine.prepare(toy_model(), lambda model: build_optimizer(model, settings, ()))
     parts = {
-        "accelerator": accelerator,
-        "model": model,
-        "optimizer": optimizer,
+        "engine": engine,
         "token_losses": token_losses,
         "micro_batches": micro_batches,
         "schedule": Schedule(total_steps, total_steps, 10, 1, 1, 1),
@@ -88,7 +85,7 @@ def recorded_gradients(run: Training) -> list[torch.Tensor]:
         if not seen:
             seen.extend(p.grad.clone() for p in run.parameters)
 
-    run.optimizer.optimizer.register_step_pre_hook(record)
+    run.engine.own_optimizer.register_step_pre_hook(record)
     assert train(run, TrainState()) == "finished"
     return seen
 

@@ -16,6 +16,7 @@ from ssm_train.adapters.base import Batch, ModelSpec
 from ssm_train.data.batches import pack
 from ssm_train.data.tasks.quickstart import QUICKSTART
 from ssm_train.data.tokens import Chunk, TokenizedDataset
+from ssm_train.engines.replicated import Replicated
 from ssm_train.graphs import IGNORED, obstacle, pad
 from ssm_train.loop import Schedule, Training, TrainState, train
 from ssm_train.optim import OptimSettings, build_optimizer
@@ -52,7 +53,8 @@ def packed_batches(count: int) -> list[Batch]:
 
 
 def training(family: str, device: str, batches: list[Batch], graphs: bool, **settings: Any) -> Any:
-    accelerator = distributed.build_accelerator("bf16" if device == "cuda" else "fp32", device)
+    prec = "bf16" if device == "cuda" else "fp32"
+    engine = Replicated(distributed.build_accelerator(prec, device))
     torch.manual_seed(0)
     config = MODELS[family] | SPECIAL | {"num_hidden_layers": 2}
     spec = ModelSpec(
@@ -65,18 +67,17 @@ def training(family: str, device: str, batches: list[Batch], graphs: bool, **set
     assert peft is not None
     peft.make().inject(prepared)
     optim = OptimSettings(learning_rate=1e-2, lr_scheduler_type="constant")
-    optimizer = build_optimizer(prepared.model, optim, prepared.traits.no_decay)
-    model, optimizer = accelerator.prepare(prepared.model, optimizer)
+    no_decay = prepared.traits.no_decay
+    engine.prepare(prepared.model, lambda model: build_optimizer(model, optim, no_decay))
     rows: list[dict[str, float]] = []
     run = Training(
-        accelerator=accelerator, model=model, optimizer=optimizer,
-        token_losses=adapter.token_losses,
+        engine=engine, token_losses=adapter.token_losses,
         micro_batches=lambda step: batches[2 * step : 2 * step + 2],
         schedule=Schedule(len(batches) // 2, 10_000, 10_000, 1, 10_000, 10_000), optim=optim,
-        prec="bf16" if device == "cuda" else "fp32", log=rows.append, evaluate=None, save=None,
+        prec=prec, log=rows.append, evaluate=None, save=None,
         cuda_graphs=graphs,
     )  # fmt: skip
-    model.train()
+    engine.model.train()
     return run, rows
 
 
@@ -90,7 +91,7 @@ def test_a_padded_batch_has_the_same_gradients(family: str) -> None:
     run, _ = training(family, "cpu", [batch], graphs=False)
     results = []
     for given in (batch, padded):
-        run.model.zero_grad()
+        run.engine.model.zero_grad()
         loss = run.gradients(given, torch.tensor(1.0))
         results.append([loss, *(p.grad.clone() for p in run.parameters)])
     for ours, expected in zip(*results, strict=True):
@@ -120,7 +121,7 @@ def test_dropout_differs_from_replay_to_replay() -> None:
     batch = packed_batches(1)[0].to("cuda")
     run, _ = training("gla", "cuda", [batch], graphs=True, lora_dropout=0.5)
     with torch.no_grad():
-        for name, parameter in run.model.named_parameters():
+        for name, parameter in run.engine.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
     losses = {float(run.gradients(batch, torch.ones((), device="cuda"))) for _ in range(5)}
@@ -136,7 +137,7 @@ def test_a_wait_for_the_device_ends_recording_and_nothing_else() -> None:
     def wait(*_: Any) -> None:
         torch.cuda.synchronize()
 
-    run.model.register_forward_pre_hook(wait)
+    run.engine.model.register_forward_pre_hook(wait)
     one, stream = torch.ones((), device="cuda"), torch.cuda.current_stream()
     run.gradients(batch, one)
     with pytest.warns(UserWarning, match="no CUDA graphs"):

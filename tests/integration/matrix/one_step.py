@@ -19,6 +19,7 @@ from matrix.cell import Cell, trainable
 from ssm_train.adapters import common
 from ssm_train.adapters.base import Batch
 from ssm_train.distributed import build_accelerator
+from ssm_train.engines.replicated import Replicated
 from ssm_train.errors import InputError
 from ssm_train.loop import Schedule, Training, train_step
 from ssm_train.optim import OptimSettings, build_optimizer
@@ -63,22 +64,20 @@ def take_step(cell: Cell, *batches: Batch, exact: bool = False) -> dict[str, Ten
 
     All ranks, each with its micro-batches. `exact`: of the copy in fp32.
     """
-    accelerator = build_accelerator("fp32", "cpu")
+    engine = Replicated(build_accelerator("fp32", "cpu"))
     bare = copy.deepcopy(cell.exact if exact else cell.trained.model)
     values = trainable(bare)
     before = {name: p.detach().clone() for name, p in values.items()}
-    bare_optimizer = build_optimizer(bare, OPTIM, cell.trained.traits.no_decay, cell.lr_scale)
-    model, optimizer = accelerator.prepare(bare, bare_optimizer)
+    no_decay = cell.trained.traits.no_decay
+    engine.prepare(bare, lambda model: build_optimizer(model, OPTIM, no_decay, cell.lr_scale))
     seen: dict[str, Tensor] = {}
 
     def keep(*_: object) -> None:
         seen.update({f"gradient.{name}": p.grad.clone() for name, p in values.items()})
 
-    bare_optimizer.register_step_pre_hook(keep)
+    engine.own_optimizer.register_step_pre_hook(keep)
     run = Training(
-        accelerator=accelerator,
-        model=model,
-        optimizer=optimizer,
+        engine=engine,
         token_losses=common.token_losses if exact else cell.token_losses,
         micro_batches=lambda step: [*batches],
         schedule=SCHEDULE,

@@ -1,0 +1,179 @@
+"""ZeRO-1, 2 and 3 by DeepSpeed: optimizer, gradients and weights in parts, one a process."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssm_train import snapshot
+from ssm_train.engines.base import MakeOptimizer
+from ssm_train.engines.hollow import HollowModel
+from ssm_train.engines.zero_config import fill_sizes
+from ssm_train.errors import InputError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Zero:
+    """See `engines.base.Engine`. Trained parameters are fp32, and so are all sums: DeepSpeed's own
+    mixed precision stays off, as it would round every weight."""
+
+    scaler = None
+    model: Any  # DeepSpeed's engine
+    optimizer: Any
+
+    def __init__(self, device: torch.device, config: Mapping[str, Any]) -> None:
+        """`config`: of DeepSpeed, with numbers in place of every auto."""
+        self.device, self.config = device, dict(config)
+        self.stage = int(config["zero_optimization"]["stage"])
+        self.name = f"ZeRO-{self.stage}"
+        self.shards_weights = self.stage == 3
+
+    def prepare(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        deepspeed = load_deepspeed(self.device)
+        self.bare = bare
+        self.hollow = HollowModel(bare) if self.shards_weights else None
+        trained = sum(p.numel() for p in bare.parameters() if p.requires_grad)
+        widest = max(p.shape[-1] for p in bare.parameters() if p.ndim)
+        self.config = fill_sizes(self.config, trained, widest)
+        self.model, self.optimizer, _, _ = deepspeed.initialize(
+            model=bare, optimizer=make_optimizer(bare), config=self.config, dist_init_required=False
+        )
+        if (stage := self.model.zero_optimization_stage()) != self.stage:
+            raise InputError(f"ZeRO-{self.stage} was asked for, but DeepSpeed runs stage {stage}")
+        self.named: dict[str, Any] = {
+            name: p for name, p in bare.named_parameters() if p.requires_grad
+        }
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        self.model.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.model.backward(loss)
+
+    def step(self, max_norm: float, keep_gradients: bool = False) -> Tensor:
+        assert not keep_gradients, "CUDA graphs are for one process"
+        self.optimizer.clip_grad = 0.0 if math.isinf(max_norm) else max_norm
+        self.model.step()
+        norm = self.model.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        if self.hollow is None:
+            yield self.bare
+            return
+        deepspeed = load_deepspeed(self.device)
+        with deepspeed.zero.GatheredParameters(list(self.bare.parameters())):
+            model = self.hollow.fill({n: p.data for n, p in self.bare.named_parameters()})
+            try:
+                yield model
+            finally:
+                self.hollow.drain()
+
+    # ------------------------------------------------------------ checkpoints
+
+    def trained(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p) for name, p in self.named.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not self._base.state:  # before the first step
+            return {}
+        steps = next(iter(self._base.state.values()))["step"]
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.named.items():
+            for key in MOMENTS:
+                found[f"{name}.{key}"] = safe_get_full_optimizer_state(parameter, key)
+            found[f"{name}.step"] = steps.clone()
+        return found
+
+    def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
+        snapshot.check_parameters(tensors, {n: shape_of(p) for n, p in self.named.items()})
+        for name, parameter in self.named.items():
+            self._write(parameter, None, tensors[name])
+            if self.shards_weights:
+                copy_part(parameter.ds_tensor, tensors[name])
+            else:
+                parameter.data.copy_(tensors[name])
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        if not tensors:
+            return
+        names = {full.rpartition(".")[0] for full in tensors}
+        snapshot.check_names(names, self.named)
+        steps = next(value for name, value in tensors.items() if name.endswith(".step"))
+        for flat in self._parts:
+            self._base.state[flat] = {
+                "step": steps.to(flat.device, copy=True),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+        if not self.shards_weights:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.named.items():
+            for key in MOMENTS:
+                self._write(parameter, key, tensors[f"{name}.{key}"])
+
+    def free(self) -> None:
+        self.model.destroy()
+        del self.model, self.optimizer
+
+    @property
+    def _base(self) -> Any:
+        """torch's optimizer, over flat parts of parameters."""
+        return self.optimizer.optimizer
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        if self.shards_weights:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def _write(self, parameter: Any, key: str | None, value: Tensor) -> None:
+        """This process's part of an optimizer's value, or of the fp32 parameter."""
+        if self.shards_weights:
+            part, _ = self.optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=key
+            )
+            copy_part(part, value)
+        else:
+            parameter.set_full_hp_param(value.to(parameter.device, torch.float32), key)
+
+
+def copy_part(part: Tensor, value: Tensor) -> None:
+    """`value`, flat and cut evenly over ranks with zeros at the end, into this rank's part."""
+    start = dist.get_rank() * part.numel()
+    mine = value.flatten()[start : start + part.numel()]
+    part.data.zero_()
+    part.data.view(-1)[: mine.numel()].copy_(mine)
+
+
+def shape_of(parameter: Any) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def load_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed for this kind of device. Raises InputError where it is not installed."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise InputError(
+            f"ZeRO needs DeepSpeed: DS_BUILD_OPS=0 pip install 'ssm_train[deepspeed]' ({error})"
+        ) from error
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    return deepspeed
