@@ -170,7 +170,7 @@ def open_stage(
     state = checkpoints.restore(ready.found) if ready.found else TrainState()
     with ExitStack() as stack:
         bar = Progress(schedule.total_steps, state.step, distributed.is_main())
-        for line in [*lines, *describe_rates(ready.engine.optimizer)]:
+        for line in [*lines, *ready.engine.notes, *describe_rates(ready.engine.optimizer)]:
             bar.say(line)
         stack.enter_context(bar)
         stack.enter_context(tell_compiling(ready.engine.device, bar.say))

@@ -32,10 +32,12 @@ PACKAGES = [
 ]  # fmt: skip
 # Environment variables that change a run. Nothing else of the environment is ever written down.
 RECORDED_VARIABLES = [
-    "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "LOCAL_RANK",
-    "NUM_DATA_WORKERS", "GRADIENT_CHECKPOINTING", "LOGITS_TO_KEEP", "LR_SCHEDULER_TYPE",
-    "LR_WARMUP_STEPS", "LR_WARMUP_RATIO", "OMP_NUM_THREADS", "RANK", "SLURM_JOB_ID",
-    "SLURM_NNODES", "SSM_TRAIN_CACHE", "SSM_TRAIN_DATA", "SSM_TRAIN_OUTPUT", "WORLD_SIZE",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU",
+    "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
+    "GRADIENT_CHECKPOINTING", "HF_HUB_OFFLINE", "LOCAL_RANK", "LOGITS_TO_KEEP",
+    "LR_SCHEDULER_TYPE", "LR_WARMUP_RATIO", "LR_WARMUP_STEPS", "NUM_DATA_WORKERS",
+    "OMP_NUM_THREADS", "RANK", "SLURM_JOB_ID", "SLURM_NNODES", "SSM_TRAIN_CACHE", "SSM_TRAIN_DATA",
+    "SSM_TRAIN_OUTPUT", "WORLD_SIZE",
 ]  # fmt: skip
 
 
@@ -68,9 +70,10 @@ def check_run_directory(run_dir: Path, *, overwrite: bool, resume: bool) -> None
 
 
 def create_run_directory(
-    run_dir: Path, config_yaml: str, *, overwrite: bool, new: bool = False
+    run_dir: Path, config_yaml: str, *, overwrite: bool, new: bool = False, **facts: Any
 ) -> None:
     """Rank 0. Makes the directory with its marker; with `overwrite` an old run is removed first.
+    `facts` go into `environment.json`, too.
 
     Of a run that goes on, the end that it had before is no longer its end. `new`: raises
     InputError where another process has made the directory since it was checked.
@@ -90,7 +93,7 @@ def create_run_directory(
     (run_dir / RESULT).unlink(missing_ok=True)
     (run_dir / MARKER).write_text(config_yaml, encoding="utf-8")
     (run_dir / "environment.json").write_text(
-        json.dumps(describe_environment(), indent=2) + "\n", encoding="utf-8"
+        json.dumps(describe_environment() | facts, indent=2) + "\n", encoding="utf-8"
     )
 
 

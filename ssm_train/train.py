@@ -220,7 +220,10 @@ def claim_directory(ready: Ready, peft: PeftSpec | None) -> None:
     run_dir, cfg = ready.run_dir, ready.cfg
     if distributed.is_main():  # rank 0
         new = not (cfg.resume or cfg.overwrite)
-        create_run_directory(run_dir, dump_yaml(cfg), overwrite=cfg.overwrite, new=new)
+        create_run_directory(
+            run_dir, dump_yaml(cfg), overwrite=cfg.overwrite, new=new,
+            engine=ready.engine.name, processes=distributed.world_size(),
+        )  # fmt: skip
         if peft:
             record_peft(run_dir, peft.dump())
         if cfg.model is not None:

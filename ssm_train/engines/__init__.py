@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ssm_train import distributed
 from ssm_train.engines.base import Engine as Engine
+from ssm_train.engines.launcher import Statement, read_parent
 from ssm_train.engines.zero_config import Numbers, read_config
 from ssm_train.errors import InputError
 
@@ -56,6 +57,7 @@ def build_engine(accelerator: Any, numbers: Numbers) -> Engine:
     """All ranks. The engine that was asked for, on the Accelerator's processes and device. Raises
     InputError where it cannot run, or where the configs contradict each other."""
     asked = read_environment()
+    check_launch(read_parent(), asked, numbers.prec)
     if asked.kind == "replicated":
         from ssm_train.engines.replicated import Replicated
 
@@ -74,6 +76,31 @@ def build_engine(accelerator: Any, numbers: Numbers) -> Engine:
 
     assert asked.ds_config is not None
     return Zero(accelerator.device, read_config(asked.ds_config, numbers))
+
+
+def check_launch(said: Statement, asked: Asked, prec: str) -> None:
+    """Raises InputError where `accelerate launch` was asked for what does not run."""
+    launched = distributed.launched_processes()
+    if said.num_processes is not None and said.num_processes != launched:
+        raise InputError(
+            f"{said.source} asks for {said.num_processes} processes, but {launched} "
+            f"{'runs' if launched == 1 else 'run'}: on a CPU accelerate launch starts one; start "
+            f"with ACCELERATE_USE_CPU=true torchrun --nproc_per_node {said.num_processes} "
+            "-m ssm_train.train, or set num_processes to what there is"
+        )
+    kinds: dict[str | None, Kind] = {"DEEPSPEED": "zero", "FSDP": "fsdp"}
+    if (wanted := kinds.get(said.distributed_type)) is not None and wanted != asked.kind:
+        raise InputError(
+            f"{said.source} asks for {said.distributed_type}, but its variables did not arrive "
+            "here, so that this would be plain DDP; remove --cpu, or what unsets "
+            f"ACCELERATE_USE_{said.distributed_type}"
+        )
+    stated = {"no": "fp32"}.get(said.mixed_precision or "", said.mixed_precision)
+    if stated is not None and stated != prec:
+        raise InputError(
+            f"mixed_precision of {said.source} is {said.mixed_precision!r}, but prec of the run "
+            f"is {prec!r}; set one as the other (no is fp32)"
+        )
 
 
 def is_true(variable: str) -> bool:

@@ -25,6 +25,8 @@ class Engine(Protocol):
     """What the loop calls; there after `prepare`."""
     optimizer: Any
     """Its `param_groups` hold the learning rates; there after `prepare`."""
+    notes: list[str]
+    """For the log, after `prepare`."""
     shards_weights: bool
     """Whether a process holds a part of the weights only, so that each forward is collective."""
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ssm_train import snapshot
 from ssm_train.engines.base import MakeOptimizer
 from ssm_train.engines.hollow import HollowModel
+from ssm_train.peft.coverage import count_text
 
 
 class Fsdp:
@@ -28,6 +29,7 @@ class Fsdp:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.notes: list[str] = []
 
     def prepare(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -47,6 +49,11 @@ class Fsdp:
         self.optimizer = make_optimizer(bare)
         self.named = {n: p for n, p in bare.named_parameters() if p.requires_grad}
         self.replicated = [p for p in self.named.values() if not isinstance(p, DTensor)]
+        parts = sum(p.numel() for p in bare.parameters() if isinstance(p, DTensor))
+        self.notes = [
+            f"FSDP2: {count_text(parts)} parameters ({dtype}) in parts, "
+            f"{count_text(sum(p.numel() for p in whole))} whole on every process"
+        ]
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         self.model.set_requires_gradient_sync(last)

@@ -25,6 +25,7 @@ class Replicated:
         self.name = "DDP" if accelerator.num_processes > 1 else "1 process"
         self.device: torch.device = accelerator.device
         self.scaler = accelerator.scaler
+        self.notes: list[str] = []
 
     def prepare(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
         self.bare = bare

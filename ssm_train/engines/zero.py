@@ -36,6 +36,7 @@ class Zero:
         self.stage = int(config["zero_optimization"]["stage"])
         self.name = f"ZeRO-{self.stage}"
         self.shards_weights = self.stage == 3
+        self.notes: list[str] = []
 
     def prepare(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
         deepspeed = load_deepspeed(self.device)
@@ -43,7 +44,8 @@ class Zero:
         self.hollow = HollowModel(bare) if self.shards_weights else None
         trained = sum(p.numel() for p in bare.parameters() if p.requires_grad)
         widest = max(p.shape[-1] for p in bare.parameters() if p.ndim)
-        self.config = fill_sizes(self.config, trained, widest)
+        self.config, filled = fill_sizes(self.config, trained, widest)
+        self.notes = [f"{self.name}: {filled}"]
         self.model, self.optimizer, _, _ = deepspeed.initialize(
             model=bare, optimizer=make_optimizer(bare), config=self.config, dist_init_required=False
         )
@@ -92,6 +94,7 @@ class Zero:
 
         if not self._base.state:  # before the first step
             return {}
+        self._link_states()
         steps = next(iter(self._base.state.values()))["step"]
         found: dict[str, Tensor] = {}
         for name, parameter in self.named.items():
@@ -120,8 +123,7 @@ class Zero:
                 "step": steps.to(flat.device, copy=True),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
-        if not self.shards_weights:
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_states()
         for name, parameter in self.named.items():
             for key in MOMENTS:
                 self._write(parameter, key, tensors[f"{name}.{key}"])
@@ -140,6 +142,13 @@ class Zero:
         if self.shards_weights:
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def _link_states(self) -> None:
+        """ZeRO-1 and 2 link parameters to moments in the first step, when only those of the first
+        group are there."""
+        if not self.shards_weights:
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _write(self, parameter: Any, key: str | None, value: Tensor) -> None:
         """This process's part of an optimizer's value, or of the fp32 parameter."""

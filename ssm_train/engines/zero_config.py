@@ -86,8 +86,11 @@ def agree(path: Path, given: Mapping[str, Any], numbers: Numbers) -> None:
             )
 
 
-def fill_sizes(config: Mapping[str, Any], trained: int, hidden_size: int) -> dict[str, Any]:
-    """The config with numbers for the autos that depend on the model: no larger than it needs."""
+def fill_sizes(
+    config: Mapping[str, Any], trained: int, hidden_size: int
+) -> tuple[dict[str, Any], str]:
+    """The config with numbers for the autos that depend on the model, no larger than it needs, and
+    what they are."""
     bucket = max(1, min(BUCKET, trained))
     sizes = {
         "reduce_bucket_size": bucket,
@@ -97,13 +100,14 @@ def fill_sizes(config: Mapping[str, Any], trained: int, hidden_size: int) -> dic
         "stage3_max_reuse_distance": 1_000_000_000,
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
-    filled = deepcopy(dict(config))
+    filled, said = deepcopy(dict(config)), []
     zero = filled["zero_optimization"]
     for key, value in zero.items():
         if value == AUTO:
             if key not in sizes:
                 raise InputError(f"DeepSpeed config: no number is known for {key}: auto; give one")
             zero[key] = sizes[key]
+            said.append(f"{key} {sizes[key]:,}")
     if left := [key for key, value in filled.items() if value == AUTO]:
         raise InputError(f"DeepSpeed config: no number is known for {left[0]}: auto; give one")
-    return filled
+    return filled, ", ".join(said) or "all sizes as given"

@@ -1,0 +1,145 @@
+"""Tiny runs under each engine, on processes that torch spawns: the cases, and what starts them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_runs import LORA, PISSA, SIDES, stop_in_step, train, write_config
+
+ROOT = Path(__file__).parents[2]
+CALM = LORA | {"lora_dropout": 0.0}  # dropout differs between ranks by design
+STOP = 9  # the step in which the run that is to go on elsewhere is stopped
+COMMON = {"max_steps": 20, "eval_steps": 10, "save_steps": 10, "adam_epsilon": 1e-3}
+# name -> family, changes; 4 examples a step.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gla_lora": ("gla", {"peft": CALM, "eval_gen": {"max_new_tokens": 8}}),
+    "gla_full": ("gla", {"eval_gen": {"max_new_tokens": 8}}),
+    "mamba_lora": ("mamba", {"peft": CALM, "task": SIDES}),
+    "mamba_full": ("mamba", {}),
+    "gla_packed": ("gla", {"peft": CALM, "packing": True, "tokens_per_batch": 48}),
+    "mamba_packed_full": ("mamba", {"packing": True, "tokens_per_batch": 48}),
+    "gla_recomputed": ("gla", {"peft": CALM, "gradient_checkpointing": True}),
+    "mamba_recomputed_full": ("mamba", {"gradient_checkpointing": True}),
+    "gla_accumulated_full": ("gla", {}),
+    "mamba_accumulated": ("mamba", {"peft": CALM}),
+    "mamba_pissa": ("mamba", {"peft": PISSA}),
+    "gla_stopped_full": ("gla", {}),
+    "mamba_stopped": ("mamba", {"peft": CALM}),
+}
+# Not compared with one process in fp32:
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "gla_bf16": ("gla", {"peft": CALM, "prec": "bf16"}),
+    "mamba_bf16": ("mamba", {"peft": CALM, "prec": "bf16"}),
+    "mamba_nan": ("mamba", {"peft": CALM, "max_steps": 6}),
+}
+SHARDED = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2")
+ENGINES = ("ddp", *SHARDED)
+NAMES = {"ddp": "DDP", "fsdp2": "FSDP2"} | {
+    f"zero{stage}{offload}": f"ZeRO-{stage}" for stage in (1, 2, 3) for offload in ("", "_offload")
+}
+
+
+def environment(engine: str) -> dict[str, str]:
+    """What a launcher sets for an engine."""
+    if engine == "ddp":
+        return {}
+    if engine == "fsdp2":
+        return {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    config = str(ROOT / "ds_configs" / f"{engine}.json")
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": config}
+
+
+def cut(name: str, processes: int) -> dict[str, Any]:
+    """How a step's examples, or rows, are cut into micro-batches."""
+    if "packed" in name:
+        return {"gradient_accumulation_steps": 4 // processes, "batch_size": None}
+    if "accumulated" in name:
+        return {"gradient_accumulation_steps": 4, "batch_size": 2 // processes}
+    return {"batch_size": 4 // processes}
+
+
+def write(directory: Path, name: str, processes: int, to: str = "") -> Path:
+    """The config of a case, as `to`.yaml where it is another one's copy."""
+    family, changes = (CASES | ODD)[name]
+    return write_config(directory, to or name, family, **COMMON | changes | cut(name, processes))
+
+
+def run_directory(directory: Path, name: str) -> Path:
+    return directory / "output" / "train_seed42" / name
+
+
+def spawn(work: Callable[..., None], processes: int, *arguments: Any) -> None:
+    """`work(*arguments)` in each of so many processes that know each other's place."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(start, (port, processes, work, arguments), nprocs=processes)
+
+
+def start(
+    rank: int, port: int, processes: int, work: Callable[..., None], arguments: Sequence[Any]
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        work(*arguments)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+class Patch:
+    setattr = staticmethod(setattr)
+
+
+def run_all(engine: str, directory: Path, names: Sequence[str]) -> None:
+    """Each rank. Every run of these names, in turn, under one engine."""
+    os.environ.update(environment(engine))
+    rank = int(os.environ["RANK"])
+    for name in names:
+        if "stopped" in name and rank == 1:
+            stop_in_step(Patch, STOP)  # one rank's signal stops both
+        if name == "mamba_nan" and rank == 1:
+            spoil_a_gradient(step=2)
+        result = train(directory / f"{name}.yaml")
+        (directory / f"{name}-{rank}.json").write_text(
+            json.dumps([result.outcome, result.steps, result.after, result.test])
+        )
+
+
+def go_on(engine: str, configs: Sequence[Path]) -> None:
+    """Each rank. Resumes runs that were stopped under any engine."""
+    os.environ.update(environment(engine))
+    for config in configs:
+        train(config, resume=True)
+
+
+def spoil_a_gradient(step: int) -> None:
+    """This rank's loss of one micro-batch is no number."""
+    from ssm_train import loop
+
+    original, calls = loop.add_gradients, iter(range(10**6))
+
+    def add_gradients(run: Any, batch: Any, scale: torch.Tensor) -> torch.Tensor:
+        return original(run, batch, scale * (math.nan if next(calls) == step else 1.0))
+
+    loop.add_gradients = add_gradients
+
+
+def copy_run(directory: Path, name: str, processes: int) -> Path:
+    """A run again, to go on with another number of processes; returns its config."""
+    again = f"{name}_{processes}"
+    shutil.copytree(run_directory(directory, name), run_directory(directory, again))
+    return write(directory, name, processes, again)

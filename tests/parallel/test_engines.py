@@ -1,0 +1,123 @@
+"""Two processes under DDP, ZeRO and FSDP2 train what one process trains: losses, weights, metrics,
+generations; and a run that was stopped goes on with one process and with four."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from engine_runs import (
+    CASES,
+    ENGINES,
+    NAMES,
+    ODD,
+    copy_run,
+    go_on,
+    run_all,
+    run_directory,
+    spawn,
+    write,
+)
+from tiny_runs import assert_same_tensors, exported, losses, metrics, train
+
+STOPPED = [name for name in CASES if "stopped" in name]
+RESUMING = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases in one process, without an end before time."""
+    directory = tmp_path_factory.mktemp("alone")
+    for name in CASES | ODD:
+        train(write(directory, name, 1))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def under(tmp_path_factory: pytest.TempPathFactory):
+    """Engine -> the directory with all cases, trained by two processes under it, once."""
+    done: dict[str, Path] = {}
+
+    def run(engine: str) -> Path:
+        if engine not in done:
+            done[engine] = directory = tmp_path_factory.mktemp(engine)
+            for name in CASES | ODD:
+                write(directory, name, 2)
+            spawn(run_all, 2, engine, directory, [*CASES, *ODD])
+        return done[engine]
+
+    return run
+
+
+def results(directory: Path, name: str) -> list[list]:
+    return [json.loads((directory / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def assert_same_run(two: Path, one: Path) -> None:
+    """Losses, validation, exported weights, generations."""
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    full = not (one / "adapter").exists()
+    assert_same_tensors(exported(two), exported(one), tolerance=1e-5 if full else 1e-6)
+    validations = metrics(one, "val")
+    assert len(validations) == 2
+    for ours, expected in zip(metrics(two, "val"), validations, strict=True):
+        assert ours.pop("split") == expected.pop("split")
+        assert ours == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    tokens = [row["tokens"] for row in metrics(one, "train")]
+    assert [row["tokens"] for row in metrics(two, "train")] == tokens
+    for file in one.glob("predictions-*.jsonl"):
+        assert (two / file.name).read_text() == file.read_text()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in STOPPED])
+def test_it_trains_what_one_process_trains(engine: str, name: str, alone: Path, under) -> None:
+    directory = under(engine)
+    assert_same_run(run_directory(directory, name), run_directory(alone, name))
+    first, second = results(directory, name)
+    assert first == second and first[:2] == ["finished", 20]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["gla_bf16", "mamba_bf16"])
+def test_a_bf16_base_under_fp32_adapters(engine: str, name: str, alone: Path, under) -> None:
+    """The mixers themselves check that step sizes and decays are fp32, after the engine's work."""
+    one, two = run_directory(alone, name), run_directory(under(engine), name)
+    assert losses(two) == pytest.approx(losses(one), abs=2e-2)
+    assert {str(t.dtype) for t in exported(two).values()} == {"torch.float32"}
+    assert losses(two)[-1] < losses(two)[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_with_a_nan_on_one_rank_is_skipped_by_all(engine: str, alone: Path, under) -> None:
+    directory = under(engine)
+    assert results(directory, "mamba_nan")[0][:2] == ["finished", 6]
+    rows = metrics(run_directory(directory, "mamba_nan"), "train")
+    skipped = [row["skipped_steps"] for row in rows]
+    assert skipped == [0, 0, 1, 1, 1, 1]
+    before = losses(run_directory(alone, "mamba_nan"))
+    found = [row["loss"] for row in rows]
+    assert found[:2] == pytest.approx(before[:2], abs=1e-5)
+    assert all(loss == loss for loss in found[3:])  # the weights are numbers
+
+
+@pytest.mark.parametrize("engine", RESUMING)
+def test_it_goes_on_with_one_process_and_with_four(engine: str, alone: Path, under) -> None:
+    directory = under(engine)
+    for name in STOPPED:
+        assert results(directory, name)[0][0] == "stopped"
+    four = [copy_run(directory, name, 4) for name in STOPPED]
+    spawn(go_on, 4, engine, four)
+    for name in STOPPED:
+        train(copy_run(directory, name, 1), resume=True)
+        for processes in (1, 4):
+            again = run_directory(directory, f"{name}_{processes}")
+            assert_same_run(again, run_directory(alone, name))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_record_names_the_engine(engine: str, under) -> None:
+    file = run_directory(under(engine), "gla_lora") / "environment.json"
+    environment = json.loads(file.read_text())
+    assert environment["engine"] == NAMES[engine] and environment["processes"] == 2
