@@ -1,7 +1,9 @@
-# make quickstart   fine-tune a tiny GLA and a tiny Mamba on the CPU
-# make test         lint, types and every test that needs no GPU
-# make test-gpu     the tests that need a GPU, on a machine with one
-# make matrix       write docs/support_matrix.md, or MATRIX_OUT, from its tests
+# make quickstart     fine-tune a tiny GLA and a tiny Mamba on the CPU
+# make test           lint, types and every test that needs no GPU
+# make test-parallel  two to four processes under DDP, ZeRO and FSDP2, on the CPU
+# make test-all       what is no part of make test, and needs no GPU
+# make test-gpu       the tests that need a GPU, on a machine with one
+# make matrix         write docs/support_matrix.md, or MATRIX_OUT, from its tests
 #
 # All make .venv once and reuse it. Variables:
 #   PYTHON       interpreter for .venv (3.11 to 3.13); one that already has torch lends it to .venv
@@ -18,10 +20,11 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait without spinning: on busy cores a spinning one takes the other's time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-unit test-gpu test-oldest-peft matrix lint clean help
+.PHONY: quickstart test test-unit test-parallel test-all test-gpu test-oldest-peft matrix lint \
+    clean help
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -9
+	@sed -n 's/^# \?//p' Makefile | head -11
 
 quickstart: .venv/installed
 	@$(RUN) train.py --cfg cfg/quickstart/gla_lora.yaml --overwrite
@@ -29,10 +32,16 @@ quickstart: .venv/installed
 
 test: lint
 	@echo "== tests (everything that needs no GPU)"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --dist loadfile --durations=10
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore tests/parallel -n auto --dist loadfile \
+	    --durations=10
 
 test-unit: .venv/installed-dev
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/unit -n auto --dist loadfile
+
+test-parallel: .venv/installed-deepspeed
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/parallel --durations=10
+
+test-all: test-parallel
 
 test-gpu: .venv/installed-dev
 	@$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
@@ -73,6 +82,12 @@ lint: .venv/installed-dev
 .venv/installed: .venv/torch pyproject.toml
 	@echo "== installing ssm_train and what it needs (about two minutes, once)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+# Its kernels are built where they are first used.
+.venv/installed-deepspeed: .venv/installed-dev
+	@echo "== installing DeepSpeed"
+	@DS_BUILD_OPS=0 $(RUN) -m pip install --quiet --disable-pip-version-check -e '.[deepspeed]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

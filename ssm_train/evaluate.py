@@ -27,6 +27,7 @@ from ssm_train.errors import InputError
 from ssm_train.generate import Autocast, Decoder, evaluation_mode, read_options
 from ssm_train.scores import OUT_OF_CLASS
 from ssm_train.settings import Settings
+from ssm_train.watchdog import beat
 
 Gather = Callable[[list[Any]], list[Any]]  # all ranks: the lists of every rank, concatenated
 Score = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
@@ -334,4 +335,5 @@ class Evaluation:
         mine = np.array(slice_of_rank(len(self.dataset), self.rank, self.world_size))
         if len(mine):
             for places in batches_by_length(self.dataset.lengths[mine], self.batch_size):
+                beat()
                 yield collate(self.dataset, mine[places])

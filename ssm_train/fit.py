@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssm_train import distributed, graphs
 from ssm_train.adapters.base import Batch, LossSum
+from ssm_train.adapters.common import check_dtypes_again
 from ssm_train.assemble import Subject, make_batches
 from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig
@@ -36,6 +37,7 @@ from ssm_train.record import WARMUP
 from ssm_train.resume import RunCheckpoints
 from ssm_train.runlog import RunLog
 from ssm_train.summary import Result, export_weights, print_summary, write_result
+from ssm_train.watchdog import beat, watch
 
 
 @dataclass
@@ -161,6 +163,7 @@ def open_stage(
     ready.engine.prepare(
         subject.prepared.model, lambda model: build_optimizer(model, cfg, no_decay, lr_scale)
     )
+    check_dtypes_again(subject.prepared.model)
     checkpoints = RunCheckpoints(
         run_dir, cfg.save_total_limit, ready.engine, subject.method,
         global_batch=len(ready.order.micro_batches(0)) * (1 if cfg.packing else cfg.batch_size),
@@ -181,18 +184,25 @@ def open_stage(
             trackers=cfg.trackers, config=cfg.model_dump(), step=state.step, tokens=state.tokens,
         )  # fmt: skip
         stack.callback(log.close)
+        stacks = run_dir / f"stacks-rank{distributed.rank()}.txt"
+        stack.enter_context(watch(cfg.watchdog_seconds, stacks, distributed.rank()))
         yield Stage(ready, schedule, sizes, checkpoints, state, log)
 
 
 def tell_compiling(
     device: torch.device, say: Callable[[str], None]
 ) -> AbstractContextManager[None]:
-    """Lines about kernels under compilation, on rank 0 of a run on a GPU; else nothing."""
+    """Lines about kernels under compilation, on rank 0 of a run on a GPU; else nothing. They are
+    progress."""
     if device.type != "cuda" or not distributed.is_main():
         return nullcontext()
     from ssm_train.kernels import compiling  # triton, which a CPU may do without
 
-    return compiling.tell_compiling(say)
+    def say_progress(text: str) -> None:
+        beat()
+        say(text)
+
+    return compiling.tell_compiling(say_progress)
 
 
 def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | None:

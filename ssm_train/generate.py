@@ -19,6 +19,7 @@ from ssm_train.decode_step import decoding_steps
 from ssm_train.errors import InputError, near
 from ssm_train.kernels.lora_linear import constant_factors
 from ssm_train.settings import Settings
+from ssm_train.watchdog import beat
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -122,6 +123,7 @@ class Decoder:
             quiet_transformers(),
         ):
             for batch in self.batches(prompts):
+                beat()
                 decoded = self.decode_batch(model, [prompts[i] for i in batch])
                 for i, answer in zip(batch, decoded, strict=True):
                     answers[i] = answer

@@ -21,6 +21,7 @@ from ssm_train.engines.base import Engine
 from ssm_train.graphs import GradientGraphs, Gradients
 from ssm_train.optim import OptimSettings, lr_at
 from ssm_train.settings import Settings
+from ssm_train.watchdog import beat
 
 MAX_BAD_STEPS = 10  # consecutive NaN or vanished losses that end a run
 VANISHED_LOSS = 1e-6
@@ -52,6 +53,9 @@ class LoopSettings(Settings):
     cuda_graphs: bool | None = None
     """Record forward and backward of packed rows as CUDA graphs, on one GPU; None: where it can
     be."""
+    watchdog_seconds: float = Field(default=600.0, ge=0)
+    """Without a step or an evaluated batch for so long, every process writes its stack and ends;
+    0: never."""
     min_eval_metric_after_epoch: dict[int, float] = Field(default_factory=dict)
     """Epoch -> least value of the task's main metric; below it the run stops."""
 
@@ -137,6 +141,7 @@ def train(run: Training, state: TrainState) -> Outcome:
         unread.append(train_step(run, state.step))
         state.step += 1
         step = state.step
+        beat()
         last = step == schedule.total_steps
         due_log = last or step % schedule.logging_steps == 0
         due_eval = last or step % schedule.eval_steps == 0

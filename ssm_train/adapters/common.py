@@ -298,10 +298,19 @@ def token_logits(model: nn.Module, batch: Batch) -> Tensor:
     return output.logits
 
 
+def check_dtypes_again(model: nn.Module) -> None:
+    """Mixers check at their next forward what they checked at their first: an engine has had its
+    way with the model since."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "dtype_checked"):
+            module.dtype_checked = False
+
+
 def check_fp32(module: nn.Module, names: tuple[str, ...]) -> None:
     """Asserts that these parameters are stored in fp32 (or fp64): in bf16, small steps are lost.
 
-    Mixers call it in their first forward, after every engine has had its way with the model.
+    Mixers call it in their first forward, and in the first one under an engine.
     """
     for name in names:
         owner: Any = module

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ssm_train import snapshot
 from ssm_train.engines.base import MakeOptimizer
 from ssm_train.engines.hollow import HollowModel
-from ssm_train.peft.coverage import count_text
 
 
 class Fsdp:
@@ -51,8 +50,8 @@ class Fsdp:
         self.replicated = [p for p in self.named.values() if not isinstance(p, DTensor)]
         parts = sum(p.numel() for p in bare.parameters() if isinstance(p, DTensor))
         self.notes = [
-            f"FSDP2: {count_text(parts)} parameters ({dtype}) in parts, "
-            f"{count_text(sum(p.numel() for p in whole))} whole on every process"
+            f"FSDP2: {parts:,} parameters ({dtype}) in parts, "
+            f"{sum(p.numel() for p in whole):,} whole on every process"
         ]
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_runs import LORA, PISSA, SIDES, stop_in_step, train, write_config
+from tiny_runs import LORA, MODELS, PISSA, SIDES, stop_in_step, train, write_config
 
 ROOT = Path(__file__).parents[2]
 CALM = LORA | {"lora_dropout": 0.0}  # dropout differs between ranks by design
@@ -24,6 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gla_full": ("gla", {"eval_gen": {"max_new_tokens": 8}}),
     "mamba_lora": ("mamba", {"peft": CALM, "task": SIDES}),
     "mamba_full": ("mamba", {}),
+    "mamba_tied_full": ("mamba", {}),
     "gla_packed": ("gla", {"peft": CALM, "packing": True, "tokens_per_batch": 48}),
     "mamba_packed_full": ("mamba", {"packing": True, "tokens_per_batch": 48}),
     "gla_recomputed": ("gla", {"peft": CALM, "gradient_checkpointing": True}),
@@ -69,7 +70,12 @@ def cut(name: str, processes: int) -> dict[str, Any]:
 def write(directory: Path, name: str, processes: int, to: str = "") -> Path:
     """The config of a case, as `to`.yaml where it is another one's copy."""
     family, changes = (CASES | ODD)[name]
-    return write_config(directory, to or name, family, **COMMON | changes | cut(name, processes))
+    model = {
+        "model_type": family, "hidden_size": 32, "num_hidden_layers": 2,
+        "tie_word_embeddings": "tied" in name, **MODELS[family],
+    }  # fmt: skip
+    changes = COMMON | {"new_model": model} | changes | cut(name, processes)
+    return write_config(directory, to or name, family, **changes)
 
 
 def run_directory(directory: Path, name: str) -> Path:
@@ -117,6 +123,42 @@ def run_all(engine: str, directory: Path, names: Sequence[str]) -> None:
         (directory / f"{name}-{rank}.json").write_text(
             json.dumps([result.outcome, result.steps, result.after, result.test])
         )
+
+
+def try_raw_reads(engine: str, config: Path) -> None:
+    """Each rank. What comes of the loss reading the head's weight past its forward."""
+    from ssm_train.adapters import common
+
+    os.environ.update(environment(engine))
+    common.is_plain_linear = lambda module: True
+    try:
+        train(config)
+        said = "finished"
+    except Exception as error:  # whatever it is: it stops
+        said = f"{type(error).__name__}: {error}"
+    config.with_name(f"raw-{os.environ['RANK']}.txt").write_text(said)
+
+
+def try_cast(engine: str, config: Path) -> None:
+    """Each rank. What comes of an engine that stores everything in bf16."""
+    from ssm_train import fit
+
+    os.environ.update(environment(engine))
+    original = fit.check_dtypes_again
+
+    def cast(model: torch.nn.Module) -> None:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.bfloat16()
+        original(model)
+
+    fit.check_dtypes_again = cast
+    try:
+        train(config)
+        said = "finished"
+    except AssertionError as error:
+        said = str(error)
+    config.with_name(f"cast-{os.environ['RANK']}.txt").write_text(said)
 
 
 def go_on(engine: str, configs: Sequence[Path]) -> None:

@@ -17,6 +17,8 @@ from engine_runs import (
     run_all,
     run_directory,
     spawn,
+    try_cast,
+    try_raw_reads,
     write,
 )
 from tiny_runs import assert_same_tensors, exported, losses, metrics, train
@@ -114,6 +116,22 @@ def test_it_goes_on_with_one_process_and_with_four(engine: str, alone: Path, und
         for processes in (1, 4):
             again = run_directory(directory, f"{name}_{processes}")
             assert_same_run(again, run_directory(alone, name))
+
+
+def test_a_raw_read_of_a_partitioned_weight_stops_the_run(tmp_path: Path) -> None:
+    """Else the losses drift from those of one process, by 1e-3 in 20 steps, without a word."""
+    spawn(try_raw_reads, 2, "zero3", write(tmp_path, "gla_full", 2))
+    for rank in (0, 1):
+        said = (tmp_path / f"raw-{rank}.txt").read_text()
+        assert "lm_head.weight is read past its module's forward" in said, said
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("gla_lora", "gk_proj.1.bias"), ("mamba_lora", "A_")])
+def test_an_engine_that_casts_stops_the_run(name: str, tensor: str, tmp_path: Path) -> None:
+    spawn(try_cast, 2, "ddp", write(tmp_path, name, 2))
+    for rank in (0, 1):
+        said = (tmp_path / f"cast-{rank}.txt").read_text()
+        assert tensor in said and "not fp32" in said, said
 
 
 @pytest.mark.parametrize("engine", ENGINES)
