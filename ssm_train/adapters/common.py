@@ -39,9 +39,18 @@ def retype(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -
     return count
 
 
+def stored_weight(module: Any) -> Any:
+    """The weight of a layer, under adapters too, for a look at what it is; None: it has none.
+    ZeRO-3 gathers one that is asked for by name while another module's forward runs."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    stored = dict.get(module._parameters, "weight")
+    return getattr(module, "weight", None) if stored is None else stored
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether its weight may be used in place of its forward: no adapter, no hooks, not sharded."""
-    weight = getattr(module, "weight", None)
+    weight = stored_weight(module)
     return (
         type(module) in (nn.Linear, Fp32BiasLinear)
         and isinstance(weight, Tensor)
@@ -244,7 +253,7 @@ def head_outputs(
         hidden = hidden[:, -logits_to_keep:]  # 0 keeps all
     elif labels is None:
         hidden = hidden[:, logits_to_keep]
-    logits = lm.lm_head(hidden.to(lm.lm_head.weight.dtype)).float()
+    logits = lm.lm_head(hidden.to(stored_weight(lm.lm_head).dtype)).float()
     if labels is None:
         return None, logits
     loss = lm.loss_function(
@@ -258,7 +267,7 @@ def target_loss(hidden: Tensor, lm_head: nn.Module, positions: Tensor, targets: 
 
     A plain head never has all logits at once; fp16 has, because its gradients are scaled first.
     """
-    weight: Any = lm_head.weight
+    weight = stored_weight(lm_head)
     dtype = compute_dtype(hidden) if autocasts(hidden) else weight.dtype
     if is_plain_linear(lm_head) and lm_head.bias is None and dtype != torch.float16:
         return sum_linear_cross_entropy(hidden.flatten(0, 1), weight, positions, targets, dtype)
@@ -268,7 +277,7 @@ def target_loss(hidden: Tensor, lm_head: nn.Module, positions: Tensor, targets: 
 def target_logits(hidden: Tensor, lm_head: nn.Module, positions: Tensor) -> Tensor:
     """Logits [S, V] fp32 at flat `positions` [S] of hidden [B, T, H], and nowhere else."""
     chosen = hidden.flatten(0, 1)[positions]
-    return lm_head(chosen.to(lm_head.weight.dtype)).float()  # type: ignore[arg-type]
+    return lm_head(chosen.to(stored_weight(lm_head).dtype)).float()
 
 
 def batch_inputs(batch: Batch) -> dict[str, Tensor]:
@@ -313,8 +322,12 @@ def check_fp32(module: nn.Module, names: tuple[str, ...]) -> None:
     Mixers call it in their first forward, and in the first one under an engine.
     """
     for name in names:
+        *path, last = name.split(".")
         owner: Any = module
-        for part in name.split("."):
+        for part in path:
             owner = getattr(owner, part, None)
+        while hasattr(owner, "base_layer"):
+            owner = owner.base_layer
+        owner = None if owner is None else dict.get(owner._parameters, last)  # as `stored_weight`
         if isinstance(owner, Tensor) and owner.dtype not in (torch.float32, torch.float64):
             raise AssertionError(f"{name} of {type(module).__name__} is {owner.dtype}, not fp32")

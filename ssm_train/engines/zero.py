@@ -27,7 +27,6 @@ class Zero:
     mixed precision stays off, as it would round every weight."""
 
     scaler = None
-    reads_checked = False
     model: Any  # DeepSpeed's engine
     optimizer: Any
 
@@ -61,22 +60,7 @@ class Zero:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        if self.shards_weights and not self.reads_checked:
-            self._check_reads()
         self.model.backward(loss)
-
-    def _check_reads(self) -> None:
-        """DeepSpeed gathers a weight that another module's forward reads, but what is learnt from
-        it is wrong. Raises InputError."""
-        self.reads_checked = True
-        names = {id(p): name for name, p in self.bare.named_parameters()}
-        for reader, module in self.bare.named_modules():
-            for parameter in getattr(module, "_external_params", {}).values():
-                raise InputError(
-                    f"{names[id(parameter)]} is read past its module's forward, by "
-                    f"{reader or 'the model'}; under ZeRO-3 it would learn wrong: use ZeRO-2, and "
-                    "report it"
-                )
 
     def step(self, max_norm: float, keep_gradients: bool = False) -> Tensor:
         assert not keep_gradients, "CUDA graphs are for one process"

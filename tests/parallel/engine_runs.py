@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 CALM = LORA | {"lora_dropout": 0.0}  # dropout differs between ranks by design
 STOP = 9  # the step in which the run that is to go on elsewhere is stopped
 COMMON = {"max_steps": 20, "eval_steps": 10, "save_steps": 10, "adam_epsilon": 1e-3}
+FULL = {"learning_rate": 2e-3}  # at more, roundings grow tenfold in a few steps
 # name -> family, changes; 4 examples a step.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gla_lora": ("gla", {"peft": CALM, "eval_gen": {"max_new_tokens": 8}}),
@@ -74,7 +75,8 @@ def write(directory: Path, name: str, processes: int, to: str = "") -> Path:
         "model_type": family, "hidden_size": 32, "num_hidden_layers": 2,
         "tie_word_embeddings": "tied" in name, **MODELS[family],
     }  # fmt: skip
-    changes = COMMON | {"new_model": model} | changes | cut(name, processes)
+    rate = {} if "peft" in changes else FULL
+    changes = COMMON | rate | {"new_model": model} | changes | cut(name, processes)
     return write_config(directory, to or name, family, **changes)
 
 

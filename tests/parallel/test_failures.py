@@ -1,0 +1,55 @@
+"""A rank that dies or hangs ends the run, with a code that says so, and nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_runs import ROOT, environment, run_directory, write
+
+FAILING = Path(__file__).with_name("failing_rank.py")
+STEP = 3
+PATIENCE = 4  # seconds without progress
+
+
+def launch(directory: Path, engine: str, what: str) -> subprocess.CompletedProcess[str]:
+    config = write(directory, "mamba_lora", 2)
+    config.write_text(f"{config.read_text()}watchdog_seconds: {PATIENCE}\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment(engine)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [*torchrun, str(FAILING), what, str(STEP), str(config)],
+        env=os.environ | variables | {"PYTHONPATH": path},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def assert_none_runs(directory: Path) -> None:
+    for rank in (0, 1):
+        pid = int((directory / f"pid-{rank}").read_text())
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_a_rank_that_dies_ends_the_run(engine: str, tmp_path: Path) -> None:
+    done = launch(tmp_path, engine, "die")
+    assert done.returncode == 1, done.stderr
+    assert "Signal 9 (SIGKILL) received by PID" in done.stderr  # torchrun says which rank it was
+    assert_none_runs(tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_a_rank_that_hangs_ends_the_run_with_all_stacks(engine: str, tmp_path: Path) -> None:
+    done = launch(tmp_path, engine, "hang")
+    assert done.returncode == 1, done.stderr
+    assert f"no progress for {PATIENCE} s; the run ends (watchdog_seconds)" in done.stderr
+    assert_none_runs(tmp_path)
+    run_dir = run_directory(tmp_path, "mamba_lora")
+    stacks = {rank: (run_dir / f"stacks-rank{rank}.txt").read_text() for rank in (0, 1)}
+    assert "in hang" in stacks[1] and "in hang" not in stacks[0]
+    assert "train_step" in stacks[0]  # it waits for the other one
