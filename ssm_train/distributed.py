@@ -235,6 +235,12 @@ def check_accelerator(accelerator: Any, device: str) -> None:
         )
 
 
+def set_matmul_precision(tf32: bool) -> None:
+    """Whether PyTorch's fp32 products on a GPU may be in TF32 (10 bits of 23)."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
 def autocast(prec: Precision, device: torch.device) -> AbstractContextManager[Any]:
     """Low-precision arithmetic for the forward pass; parameters stay as they are stored."""
     if prec == "fp32":

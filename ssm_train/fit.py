@@ -230,7 +230,7 @@ def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | No
     if distributed.is_main():  # rank 0
         selection.write(ready.run_dir, method.record())
         plot_selection(selection, ready.run_dir / "selection.png")
-    ready.engine.free()
+    ready.subject.prepared.model = ready.engine.free()
     if scaler:
         scaler.load_state_dict(fresh_scaler)
     ready.found, ready.notes = None, [str(selection)]

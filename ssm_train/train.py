@@ -138,6 +138,7 @@ def get_ready(
         ),
     )  # fmt: skip
     device = engine.device
+    distributed.set_matmul_precision(cfg.tf32)
     cfg, settled = settle_tokens(cfg, device)
     distributed.seed_everything(cfg.seed)
     base = base_id(cfg, run_dir)

@@ -54,6 +54,9 @@ class ModelSettings(Settings):
     None: the checkpoint's own, else EleutherAI/gpt-neox-20b for Mamba."""
     prec: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Arithmetic of the model and storage of its frozen weights; trained weights are fp32."""
+    tf32: bool = False
+    """On a GPU, PyTorch's fp32 products may be in TF32 (10 bits of 23), as fla's kernels always
+    are."""
     kernels: KernelChoice = "auto"
     """Implementation of the mixers' operations."""
     backend: str = "cuda"

@@ -62,5 +62,6 @@ class Engine(Protocol):
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts back what `optimizer_state` gave."""
 
-    def free(self) -> None:
-        """Forgets model and optimizer, so that another model can be prepared."""
+    def free(self) -> nn.Module:
+        """Forgets optimizer and engine. Returns the model with all its weights, for another
+        `prepare`; it need not be the one that was given."""

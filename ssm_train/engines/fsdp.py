@@ -116,8 +116,10 @@ class Fsdp:
             parts[full_name] = value if whole else like(parameter, value)
         snapshot.load_optimizer_tensors(self.optimizer, parts, self.named.items())
 
-    def free(self) -> None:
-        del self.model, self.optimizer, self.bare
+    def free(self) -> nn.Module:
+        model = self.hollow.fill({name: full(p) for name, p in self.bare.named_parameters()})
+        del self.model, self.optimizer, self.bare, self.named, self.replicated
+        return model
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:

@@ -66,5 +66,6 @@ class Replicated:
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         snapshot.load_optimizer_tensors(self.own_optimizer, tensors, self.bare.named_parameters())
 
-    def free(self) -> None:
+    def free(self) -> nn.Module:
         self.accelerator.free_memory()
+        return self.bare

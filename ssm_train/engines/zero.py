@@ -74,8 +74,7 @@ class Zero:
         if self.hollow is None:
             yield self.bare
             return
-        deepspeed = load_deepspeed(self.device)
-        with deepspeed.zero.GatheredParameters(list(self.bare.parameters())):
+        with self._gathered():
             model = self.hollow.fill({n: p.data for n, p in self.bare.named_parameters()})
             try:
                 yield model
@@ -128,9 +127,19 @@ class Zero:
             for key in MOMENTS:
                 self._write(parameter, key, tensors[f"{name}.{key}"])
 
-    def free(self) -> None:
+    def free(self) -> nn.Module:
+        model = self.bare
+        if self.hollow is not None:
+            with self._gathered():
+                weights = {n: p.data.clone() for n, p in self.bare.named_parameters()}
+            model = self.hollow.fill(weights)
         self.model.destroy()
-        del self.model, self.optimizer
+        del self.model, self.optimizer, self.bare, self.named
+        return model
+
+    def _gathered(self) -> AbstractContextManager[Any]:
+        deepspeed = load_deepspeed(self.device)
+        return deepspeed.zero.GatheredParameters(list(self.bare.parameters()))
 
     @property
     def _base(self) -> Any:
