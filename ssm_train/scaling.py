@@ -53,7 +53,7 @@ class Model:
     layer: Weights
     """Of the others, in the largest repeated layer."""
     reused: float
-    """Share of all parameters that ZeRO-3 keeps gathered from the forward to the backward pass."""
+    """Share that ZeRO-3 keeps gathered from the forward to the backward pass."""
     prefetched: float
     """Share that it gathers ahead."""
     copies: float = 0.0
@@ -76,6 +76,8 @@ def measure(
     (most, _), *_ = dtypes.most_common()
     layers = find_layers(model)
     in_layers = {p for layer in layers for p in layer.parameters()}
+    # DeepSpeed passes an adapted weight twice: in its own layer, and in the LoRA layer around it.
+    adapted = sum(p.numel() for n, p in model.named_parameters() if ".base_layer." in n)
     return Model(
         all=weigh(parameters),
         small=weigh([p for p in parameters if p.numel() <= persistent]),
@@ -86,8 +88,8 @@ def measure(
             key=lambda weights: weights.all,
             default=Weights(),
         ),
-        # What lies between a layer's forward and its backward pass is passed twice.
-        reused=min(1.0, distance / 2 / elements),
+        # What comes after a layer lies twice between its forward and its backward pass.
+        reused=min(1.0, distance / 2 / (elements + adapted)),
         prefetched=min(1.0, ahead / elements),
         copies=copies,
     )
