@@ -1,8 +1,5 @@
 """What a run needs of each GPU, and what each GPU sends, under every engine: counted from the
-model's parameters, as the engines of this package and their libraries really keep and send them.
-
-Sent bytes are those of rings, which `tests/parallel/test_traffic.py` compares with real processes.
-"""
+model's parameters, as engines really keep and send them (`tests/parallel/test_traffic.py`)."""
 
 from __future__ import annotations
 
@@ -19,9 +16,10 @@ from ssm_train.engines.zero_config import AUTO, BUCKET, fill_sizes
 from ssm_train.plan import GIB, ROOM, Plan, gib, shape_run
 
 GB = 1e9  # of what is sent; memory is in GiB
-ZERO_3_SIZES = (
-    "stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
-)  # fmt: skip
+ZERO_3_LIMITS = tuple(
+    f"stage3_{name}"
+    for name in ("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size")
+)
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,13 @@ class Model:
     whole on each GPU, whatever the engine."""
 
 
-def measure(
-    model: nn.Module, zero_3: Mapping[str, int] | None = None, copies: float = 0.0
-) -> Model:
-    """Counts a model, on any device and before an engine has it. `zero_3`: numbers of elements from
-    its DeepSpeed config; None: those of ds_configs/zero3.json."""
+def measure(model: nn.Module, zero_3: Mapping[str, int], copies: float = 0.0) -> Model:
+    """Counts a model, on any device and before an engine has it. `zero_3`: limits in elements that
+    its DeepSpeed config has in place of those of ds_configs/zero3.json."""
     parameters = list(model.parameters())
     elements = sum(p.numel() for p in parameters)
-    limits = {**default_limits(parameters), **(zero_3 or {})}
-    persistent, distance, ahead = (limits[name] for name in ZERO_3_SIZES)
+    limits = {**default_limits(parameters), **zero_3}
+    persistent, distance, ahead = (limits[name] for name in ZERO_3_LIMITS)
     dtypes: Counter[torch.dtype] = Counter()
     for parameter in parameters:
         dtypes[parameter.dtype] += parameter.numel()
@@ -99,7 +95,7 @@ def default_limits(parameters: Sequence[nn.Parameter]) -> dict[str, int]:
     """What the autos of ds_configs/zero3.json become for a model: elements."""
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     widest = max(p.shape[-1] for p in parameters if p.ndim)
-    autos = {"zero_optimization": dict.fromkeys(ZERO_3_SIZES, AUTO)}
+    autos = {"zero_optimization": dict.fromkeys(ZERO_3_LIMITS, AUTO)}
     return fill_sizes(autos, trained, widest)[0]["zero_optimization"]
 
 
@@ -249,7 +245,7 @@ def look_ahead(cfg: RunConfig, plan: Plan, cluster: Cluster) -> Outlook:
     """`plan`: of the same run. Raises InputError for what `make_plan` cannot count either."""
     _, prepared = shape_run(cfg)
     copies = plan.training - 8 * plan.trained
-    model = measure(prepared.model, copies=copies)
+    model = measure(prepared.model, {}, copies)
     parts = divide(model, cluster.gpus, cfg.gradient_accumulation_steps)
     return Outlook(cluster, plan, model, parts)
 

@@ -123,9 +123,6 @@ def test_engines_exchange_what_the_plan_says(name: str, case: str, counted: Path
     for rank in (0, 1):
         found = json.loads((counted / f"{name}-{case}-{rank}.json").read_text())
         part, sizes = planned(found, name, case), found["sizes"]
-        if rank == 0:
-            shown = {kind: f"{size:,}" for kind, size in sizes.items()}
-            print(f"{name} {case}: {shown}, sockets {found['sent']:,}; plan {part.sent(2):,.0f}")
         assert set(sizes) <= {"all_reduce", "all_gather", "reduce_scatter"}
         for kind, size in {
             "all_reduce": part.reduced, "all_gather": part.gathered,
