@@ -178,14 +178,25 @@ def build_parser() -> argparse.ArgumentParser:
         "plan",
         plan,
         "Count the GPU memory of a run before it starts: weights, optimizer, activations, logits,\n"
-        "and the largest batch that fits. Needs no GPU, no weights and no data.",
-        "ssm-train plan --cfg cfg/warmup/gla_1.3b_packed.yaml --gib 24",
+        "and the largest batch that fits; with --gpus also what each engine holds on each of them\n"
+        "and sends between them. Needs no GPU, no weights and no data.",
+        "ssm-train plan --cfg cfg/warmup/gla_1.3b_packed.yaml --gib 79.2 --gpus 64 --net 50",
     )
     plan_.add_argument(
         "--cfg", type=Path, required=True, metavar="FILE", help="run config (.yaml or .json)"
     )
     plan_.add_argument(
         "--gib", type=float, help="memory of the GPU (default: that of the one here, else 79.2)"
+    )
+    plan_.add_argument("--gpus", type=positive, metavar="N", help="that train together")
+    plan_.add_argument(
+        "--net", type=amount, metavar="GB/s", help="that each GPU can send to the others"
+    )
+    plan_.add_argument(
+        "--step-seconds",
+        type=amount,
+        metavar="S",
+        help="of an optimizer step on one GPU, to compare with",
     )
 
     warmup_ = add(
@@ -247,6 +258,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def share(text: str) -> float:
@@ -368,13 +389,22 @@ def report(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     from ssm_train.config import load_config
 
+    if arguments.gpus is None and (arguments.net or arguments.step_seconds):
+        raise InputError("--net and --step-seconds are for several GPUs; say how many with --gpus")
     cfg, _ = load_config(arguments.cfg, {}, os.environ)
 
+    from ssm_train import scaling
     from ssm_train.plan import GIB, describe, fit_tokens, make_plan, memory_of_gpu
 
     memory = memory_of_gpu() if arguments.gib is None else arguments.gib * GIB
     cfg, lines = fit_tokens(cfg, memory)
-    for line in [*lines, *describe(make_plan(cfg), memory, cfg)]:
+    counted = make_plan(cfg)
+    lines += describe(counted, memory, cfg)
+    if arguments.gpus is not None:
+        bandwidth = arguments.net and arguments.net * scaling.GB
+        cluster = scaling.Cluster(arguments.gpus, memory, bandwidth, arguments.step_seconds)
+        lines += ["", *scaling.describe(scaling.look_ahead(cfg, counted, cluster))]
+    for line in lines:
         print(line)
     return DONE
 

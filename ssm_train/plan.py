@@ -14,7 +14,7 @@ import torch
 
 from ssm_train import distributed, graphs
 from ssm_train.adapters import registry
-from ssm_train.adapters.base import Kept, ModelSpec
+from ssm_train.adapters.base import Kept, ModelAdapter, ModelSpec, Prepared
 from ssm_train.assemble import STORAGE
 from ssm_train.config import RunConfig
 from ssm_train.errors import InputError
@@ -71,6 +71,33 @@ class Plan:
 def make_plan(cfg: RunConfig) -> Plan:
     """Counts a run. Raises InputError, Uncounted for rows of unknown length, and for families and
     methods that it does not know."""
+    adapter, prepared = shape_run(cfg)
+    if not hasattr(adapter, "kept"):
+        raise Uncounted(f"plan does not know what layers of {adapter.name} keep")
+    config: Any = prepared.model.config
+    size = STORAGE[cfg.prec].itemsize
+    kept: Kept = adapter.kept(config, size)
+    per_token, recomputed = count_kept(kept, config, size, cfg.gradient_checkpointing)
+    trained = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
+    tokens = tokens_of_row(cfg)
+    copies = size if size < 4 and cfg.peft is None else 0  # what autocast keeps of trained weights
+    return Plan(
+        parameters=sum(p.numel() for p in prepared.model.parameters()),
+        trained=trained,
+        weights=sum(p.numel() * p.element_size() for p in prepared.model.parameters()),
+        training=trained * (8 + copies),
+        gradients=trained * 4,
+        gradients_stay=gradients_stay(cfg),
+        per_token=per_token + size * 3 * config.hidden_size,  # embedding, and around the last norm
+        recomputed=recomputed,
+        logits=LOGIT_BYTES * min(LOGITS_AT_ONCE, tokens * config.vocab_size),
+        tokens=tokens,
+    )
+
+
+def shape_run(cfg: RunConfig) -> tuple[ModelAdapter, Prepared]:
+    """A run's family, and its model with its PEFT on the meta device. Raises InputError, Uncounted
+    for methods that look at weights."""
     peft = load_peft(cfg.peft, cfg.peft_overrides.given())
     if peft and hasattr(peft.settings, "init_lora_weights"):  # another start has the same size
         zeros = peft.settings.model_copy(update={"init_lora_weights": True})
@@ -87,27 +114,7 @@ def make_plan(cfg: RunConfig) -> Plan:
                 peft.make().inject(prepared)
             except NotImplementedError:  # reads the weights
                 raise Uncounted(f"plan cannot count {peft.peft_type} without weights") from None
-    if not hasattr(adapter, "kept"):
-        raise Uncounted(f"plan does not know what layers of {adapter.name} keep")
-    config: Any = prepared.model.config
-    size = STORAGE[cfg.prec].itemsize
-    kept: Kept = adapter.kept(config, size)
-    per_token, recomputed = count_kept(kept, config, size, cfg.gradient_checkpointing)
-    trained = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
-    tokens = tokens_of_row(cfg)
-    copies = size if size < 4 and peft is None else 0  # what autocast keeps of trained weights
-    return Plan(
-        parameters=sum(p.numel() for p in prepared.model.parameters()),
-        trained=trained,
-        weights=sum(p.numel() * p.element_size() for p in prepared.model.parameters()),
-        training=trained * (8 + copies),
-        gradients=trained * 4,
-        gradients_stay=gradients_stay(cfg),
-        per_token=per_token + size * 3 * config.hidden_size,  # embedding, and around the last norm
-        recomputed=recomputed,
-        logits=LOGIT_BYTES * min(LOGITS_AT_ONCE, tokens * config.vocab_size),
-        tokens=tokens,
-    )
+    return adapter, prepared
 
 
 def gradients_stay(cfg: RunConfig) -> bool:

@@ -31,6 +31,7 @@ COMPOSITION = tuple(
     f"ssm_train.{name}"
     for name in (
         *("train", "fit", "preflight", "bases", "assemble", "finished", "shape", "warmup", "plan"),
+        "scaling",
         "launch.complete",
         "mamba_peft",
     )
