@@ -31,11 +31,13 @@ from ssm_train.metrics import LOSSES, Progress
 from ssm_train.optim import build_optimizer, describe_rates, same_rate
 from ssm_train.peft.coverage import count_parameters
 from ssm_train.peft.sd_lora import SdLoraMethod
+from ssm_train.plan import memory_of_gpu
 from ssm_train.plot import plot_selection
 from ssm_train.preflight import prove_alive
 from ssm_train.record import WARMUP
 from ssm_train.resume import RunCheckpoints
 from ssm_train.runlog import RunLog
+from ssm_train.scaling import warn_of_parts
 from ssm_train.summary import Result, export_weights, print_summary, write_result
 from ssm_train.watchdog import beat, watch
 
@@ -160,6 +162,7 @@ def open_stage(
     no_decay = subject.prepared.traits.no_decay
     lr_scale = getattr(subject.method, "lr_scale", same_rate)
     sizes = count_parameters(subject.prepared.model)  # while it is whole
+    lines = [*lines, *warn_of_engine(ready)]
     ready.engine.prepare(
         subject.prepared.model, lambda model: build_optimizer(model, cfg, no_decay, lr_scale)
     )
@@ -187,6 +190,19 @@ def open_stage(
         stacks = run_dir / f"stacks-rank{distributed.rank()}.txt"
         stack.enter_context(watch(cfg.watchdog_seconds, stacks, distributed.rank()))
         yield Stage(ready, schedule, sizes, checkpoints, state, log)
+
+
+def warn_of_engine(ready: Ready) -> list[str]:
+    """A line where frozen weights are in parts, though they would fit whole."""
+    if ready.subject.method is None or not ready.engine.shards_weights:
+        return []
+    size = {True: 0, False: 0}
+    for parameter in ready.subject.prepared.model.parameters():
+        size[parameter.requires_grad] += parameter.numel() * parameter.element_size()
+    if size[False] > memory_of_gpu() / 2:
+        return []
+    world = distributed.world_size()
+    return [f"warning: {warn_of_parts(ready.engine.name, size[False], size[True], world)}"]
 
 
 def tell_compiling(

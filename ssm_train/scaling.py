@@ -292,7 +292,7 @@ def warn_of_parts(
     sent = 2 * frozen * once
     time = "" if bandwidth is None else f", {1000 * sent / bandwidth:.1f} ms"
     return (
-        f"{engine} would gather frozen weights for nothing: each process sends up to "
+        f"{engine} gathers frozen weights for nothing: each process sends up to "
         f"{sent / GB:.3f} GB in a micro-batch{time}; under DDP they are whole, and it sends "
         f"{2 * trained * once / GB:.3f} GB in a step"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from torch import nn
 
 from ssm_train.cli import BAD_INPUT, DONE, main
+from ssm_train.fit import warn_of_engine
 from ssm_train.scaling import Model, Part, Weights, divide, measure, warn_of_parts
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +120,7 @@ def test_a_model_is_counted_as_engines_tell_it_apart() -> None:
 
 def test_the_warning_has_both_numbers() -> None:
     line = warn_of_parts("ZeRO-3", 2.72e9, 0.08e9, 8, 50e9)
-    assert line.startswith("ZeRO-3 would gather frozen weights for nothing: ")
+    assert line.startswith("ZeRO-3 gathers frozen weights for nothing: ")
     assert "up to 4.760 GB in a micro-batch, 95.2 ms;" in line  # 2 x 2.72 x 7/8
     assert line.endswith("it sends 0.140 GB in a step")  # 2 x 0.08 x 7/8
     assert " ms" not in warn_of_parts("FSDP2", 2.72e9, 0.08e9, 8)
@@ -149,7 +151,7 @@ def test_lines_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [row[0] for row in rows] == ["DDP", "ZeRO-1", "ZeRO-2", "FSDP2", "ZeRO-3"]
     assert all(len(row) == 9 and row[-1].endswith("%") for row in rows)
     assert lines[5] == "advice  DDP: the simplest that fits"
-    assert lines[6].startswith("ZeRO-3 or FSDP2 would gather frozen weights for nothing")
+    assert lines[6].startswith("ZeRO-3 or FSDP2 gathers frozen weights for nothing")
     assert len(said(capsys, *arguments[:-2])[2].split()) == 7  # without a network: no time
 
 
@@ -178,3 +180,17 @@ def test_the_page_holds_the_command_s_tables() -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert result.stdout.strip() in page, "docs/scaling.md: run benchmarks/scaling_plan.py again"
+
+
+def test_a_run_is_told_that_frozen_weights_are_in_parts_for_nothing() -> None:
+    model: Any = nn.Sequential(nn.Linear(1000, 1000, bias=False).bfloat16(), nn.Linear(10, 10))
+    model[0].requires_grad_(False)
+    subject = SimpleNamespace(method=object(), prepared=SimpleNamespace(model=model))
+    engine = SimpleNamespace(shards_weights=True, name="ZeRO-3")
+    ready: Any = SimpleNamespace(subject=subject, engine=engine)
+    (line,) = warn_of_engine(ready)
+    assert line.startswith("warning: ZeRO-3 gathers frozen weights for nothing")
+    engine.shards_weights = False
+    assert not warn_of_engine(ready)
+    engine.shards_weights, subject.method = True, None  # full fine-tuning
+    assert not warn_of_engine(ready)
