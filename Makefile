@@ -1,6 +1,7 @@
 # make quickstart   fine-tune a tiny GLA and a tiny Mamba on the CPU
 # make test         lint, types and every test that needs no GPU
 # make test-gpu     the tests that need a GPU, on a machine with one
+# make test-slurm   jobs on a real Slurm, started for the tests where it is installed
 # make matrix       write docs/support_matrix.md, or MATRIX_OUT, from its tests
 #
 # All make .venv once and reuse it. Variables:
@@ -18,10 +19,10 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait without spinning: on busy cores a spinning one takes the other's time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-unit test-gpu test-oldest-peft matrix lint clean help
+.PHONY: quickstart test test-unit test-gpu test-slurm test-oldest-peft matrix lint clean help
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -9
+	@sed -n 's/^# \?//p' Makefile | head -10
 
 quickstart: .venv/installed
 	@$(RUN) train.py --cfg cfg/quickstart/gla_lora.yaml --overwrite
@@ -29,7 +30,7 @@ quickstart: .venv/installed
 
 test: lint
 	@echo "== tests (everything that needs no GPU)"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --dist loadfile --durations=10
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/slurm -n auto --dist loadfile --durations=10
 
 test-unit: .venv/installed-dev
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/unit -n auto --dist loadfile
@@ -38,6 +39,9 @@ test-gpu: .venv/installed-dev
 	@$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 	    f"make test-gpu needs a CUDA GPU, and torch {torch.__version__} sees none")'
 	@$(RUN) -m pytest -m gpu --one-config tests/numerics tests/integration --durations=10
+
+test-slurm: .venv/installed-dev
+	@$(RUN) -m pytest tests/slurm --durations=10
 
 # The PEFT of .venv is the newest that pyproject.toml allows; this is the oldest.
 test-oldest-peft: .venv/installed-dev

@@ -1,5 +1,5 @@
-"""The runs of a suite, a line each, for `slurm/sweep_array.sh`: config, data and seed, as a round
-would run them. `python -m ssm_train.launch.slurm_sweep E5` takes the words of `gla_round_new.sh`."""
+"""The runs of a suite for `slurm/sweep_array.sh`, a line each: config, data and seed, as its rounds
+have them. `python -m ssm_train.launch.slurm_sweep E5` takes the words of `gla_round_new.sh`."""
 
 from __future__ import annotations
 

@@ -9,69 +9,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, wait_until
+from cluster import Cluster
+from slurm_runs import MULTI, ROOT, SINGLE, SWEEP, Runs
 from tiny_runs import LORA, assert_same_tensors, exported, losses, write_config
 
-ROOT = Path(__file__).parents[2]
-VARIABLES = {
-    "PYTHON": sys.executable,
-    "PYTHONPATH": str(ROOT),
-    "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",
-    "ENGINE": "zero2",
-    "PREC": "fp32",
-    "SECONDS_TO_END": "20",
-}
 STEPS = {"max_steps": 150, "eval_steps": 75, "save_steps": 1000, "batch_size": 2, "peft": LORA}
 FOREVER = STEPS | {"max_steps": 100_000, "eval_steps": 100_000}
-MULTI, SINGLE, SWEEP = (
-    f"slurm/{name}.sh" for name in ("train_multi_node", "train_single_node", "sweep_array")
-)
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Jobs of one test, with their configs, outputs and runs in one directory."""
-
-    cluster: Cluster
-    directory: Path
-
-    def submit(self, script: str, *words: str, options: tuple[str, ...] = (), **more: str) -> str:
-        """One training process a node."""
-        out = self.directory / ("%A_%a.out" if script == SWEEP else "%j.out")
-        command = ["--gpus-per-node=1", "--cpus-per-task=1", f"--output={out}", *options]
-        return self.cluster.submit(*command, script, *words, cwd=ROOT, **VARIABLES | more)
-
-    def said(self, job: str) -> str:
-        return (self.directory / f"{job}.out").read_text(encoding="utf-8")
-
-    def run_dir(self, name: str) -> Path:
-        return self.directory / "output" / "train_seed42" / name
-
-    def wait_for_step(self, name: str, step: int) -> None:
-        file = self.run_dir(name) / "metrics.jsonl"
-        wait_until(
-            lambda: file.exists() and len(losses(self.run_dir(name))) >= step, 120, "no step"
-        )
-
-    def signal(self, job: str) -> None:
-        """What Slurm sends by itself before the limit."""
-        asked = self.cluster.ask("scancel", "--signal=USR1", "--batch", job)
-        assert asked.returncode == 0, asked.stderr
-
-    def wait_for_the_end(self, job: str) -> None:
-        wait_until(lambda: not self.cluster.processes(job), 30, "processes are left")
-
-
-@pytest.fixture
-def runs(cluster: Cluster, tmp_path: Path) -> Iterator[Runs]:
-    yield Runs(cluster, tmp_path)
-    cluster.cancel_all()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +47,9 @@ def check_whole(runs: Runs, name: str) -> None:
     assert len(found) == 150 and sum(found[-20:]) < sum(found[:20])
 
 
-def test_a_job_near_its_limit_is_saved_requeued_and_trains_the_same(runs: Runs, whole: Runs) -> None:
+def test_a_job_near_its_limit_is_saved_requeued_and_trains_the_same(
+    runs: Runs, whole: Runs
+) -> None:
     job = runs.submit(MULTI, str(write_config(runs.directory, "gla", "gla", **STEPS)))
     runs.wait_for_step("gla", 20)
     runs.signal(job)
