@@ -40,10 +40,10 @@ train_on_nodes() {
     address=$(scontrol show node --oneliner "$head_node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     local port=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node need one each
     local per_node=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-    local cpus=${SLURM_CPUS_PER_TASK:-1}
+    local cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
     local threads=$((cpus / per_node))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-    say "$SLURM_JOB_NODELIST, $per_node processes a node, $address:$port," \
+    say "nodes $SLURM_JOB_NODELIST, processes on each $per_node, meeting at $address:$port," \
         "restart $restarts of at most $max_restarts"
 
     signals=0

@@ -109,11 +109,11 @@ class Cluster:
         for node in NODES:
             self.begin(node, self.on(node, ["slurmd", "-D", "-f", conf]))
         ready = ["sinfo", "-h", "-N", "-o", "%t"]
-        wait_until(
-            lambda: self.ask(*ready).stdout.split() == ["idle", "idle"],
-            8,
-            f"the nodes did not become idle; see {self.base}/log",
-        )
+        try:
+            wait_until(lambda: self.ask(*ready).stdout.split() == ["idle", "idle"], 60)
+        except TimeoutError:
+            logs = "\n".join(file.read_text() for file in (self.base / "log").iterdir())
+            raise RuntimeError(f"the nodes did not become idle:\n{logs}") from None
 
     def on(self, host: str, words: Sequence[str]) -> list[str]:
         hosts = str(self.base / "hosts")
@@ -211,7 +211,7 @@ def running_cluster() -> Iterator[Cluster]:
     finally:
         left = cluster.stop()
         assert not left, left
-        os.environ.get("KEEP") or shutil.rmtree(base, ignore_errors=True)
+        shutil.rmtree(base, ignore_errors=True)
 
 
 def why_not() -> str:

@@ -3,6 +3,7 @@ process a node."""
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ VARIABLES = {
     "ENGINE": "zero2",
     "PREC": "fp32",
     "SECONDS_TO_END": "20",
-    "TORCH_EXTENSIONS_DIR": str(Path.home() / ".cache" / "torch_extensions"),
+    # The tests' cache is a new one each time; what DeepSpeed compiles (a minute) is kept.
+    "SSM_TRAIN_CACHE": os.environ["XDG_CACHE_HOME"],
+    "XDG_CACHE_HOME": str(Path.home() / ".cache"),
 }
 MULTI, SINGLE, SWEEP = (
     f"slurm/{name}.sh" for name in ("train_multi_node", "train_single_node", "sweep_array")

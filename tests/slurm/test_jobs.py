@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import Cluster, wait_until
 from slurm_runs import MULTI, ROOT, SINGLE, SWEEP, Runs
 from tiny_runs import LORA, assert_same_tensors, exported, losses, write_config
 
@@ -91,6 +91,18 @@ def test_a_start_over_the_budget_trains_nothing(runs: Runs) -> None:
     assert "start number 2 is over the budget (MAX_RESTARTS=0)" in runs.said(job)
 
 
+def test_a_signal_that_comes_while_the_model_loads_is_not_lost(runs: Runs) -> None:
+    config = str(write_config(runs.directory, "gla", "gla", **FOREVER))
+    job = runs.submit(MULTI, config, ENGINE="ddp", MAX_RESTARTS="0")
+    wait_until(
+        lambda: any("ssm_train.train" in words for words in runs.cluster.processes(job).values()),
+        30,
+    )
+    runs.signal(job)
+    assert runs.cluster.wait(job) == ("FAILED", 75), runs.said(job)
+    assert (runs.run_dir("gla") / "checkpoints" / "last").exists()
+
+
 def test_a_cancelled_job_leaves_no_process_and_stays_cancelled(runs: Runs) -> None:
     config = write_config(runs.directory, "gla", "gla", **FOREVER)
     job = runs.submit(MULTI, str(config), ENGINE="ddp")
@@ -99,7 +111,8 @@ def test_a_cancelled_job_leaves_no_process_and_stays_cancelled(runs: Runs) -> No
     assert runs.cluster.ask("scancel", job).returncode == 0
     runs.wait_for_the_end(job)
     assert runs.cluster.wait(job)[0] == "CANCELLED"
-    assert "follows" not in runs.said(job)
+    said = runs.said(job)
+    assert "follows" not in said and "Traceback" not in said
 
 
 def test_a_killed_rank_ends_the_job_and_its_node_is_named(runs: Runs) -> None:
