@@ -22,22 +22,10 @@ train_on_nodes() {
         exit 2
     fi
 
-    job=$SLURM_JOB_ID
-    # The last element of an array has the array's id as its own, and would speak for all of them.
-    if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    fi
-    restarts=${SLURM_RESTART_COUNT:-0} # Slurm leaves it unset at the first start
-    max_restarts=${MAX_RESTARTS:-20}
-    if ((restarts > max_restarts)); then # Slurm itself starts a job again when a node fails
-        say "start number $((restarts + 1)) is over the budget (MAX_RESTARTS=$max_restarts)"
-        exit 1
-    fi
-
-    # The address that Slurm itself uses: a node's name need not lead to it from another node.
-    local head_node address
-    read -r head_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    address=$(scontrol show node --oneliner "$head_node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    name_job
+    count_restarts
+    local address
+    address=$(find_address)
     local port=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node need one each
     local per_node=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     local cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
@@ -69,6 +57,34 @@ train_on_nodes() {
         *) say "failed with exit code $code; the lines that begin with 'node' say where" ;;
     esac
     exit "$code"
+}
+
+# Sets `job`, by which scancel and scontrol know this job.
+name_job() {
+    job=$SLURM_JOB_ID
+    # The last element of an array has the array's id as its own, and would speak for all of them.
+    if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    fi
+}
+
+# Sets `restarts` and `max_restarts`; ends a job that started too often. `start_again` never asks for
+# such a start, but Slurm itself does where a node fails.
+count_restarts() {
+    restarts=${SLURM_RESTART_COUNT:-0} # Slurm leaves it unset at the first start
+    max_restarts=${MAX_RESTARTS:-20}
+    if ((restarts > max_restarts)); then
+        say "start number $((restarts + 1)) is over the budget (MAX_RESTARTS=$max_restarts)"
+        exit 1
+    fi
+}
+
+# Prints where the nodes meet: the first one's address as Slurm itself uses it, since its name need
+# not lead to it from another node.
+find_address() {
+    local head_node
+    read -r head_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    scontrol show node --oneliner "$head_node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
 }
 
 # One task a node. The signal goes to every process of it, and only the training processes know what
