@@ -1,6 +1,7 @@
 # make quickstart     fine-tune a tiny GLA and a tiny Mamba on the CPU
 # make test           lint, types and every test that needs no GPU
 # make test-parallel  two to four processes under DDP, ZeRO and FSDP2, on the CPU
+# make test-slurm     jobs on a real Slurm, started for the tests where it is installed
 # make test-all       what is no part of make test, and needs no GPU
 # make test-gpu       the tests that need a GPU, on a machine with one
 # make matrix         write docs/support_matrix.md, or MATRIX_OUT, from its tests
@@ -20,11 +21,11 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait without spinning: on busy cores a spinning one takes the other's time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-unit test-parallel test-all test-gpu test-oldest-peft matrix lint \
-    clean help
+.PHONY: quickstart test test-unit test-parallel test-slurm test-all test-gpu test-oldest-peft matrix \
+    lint clean help
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -11
+	@sed -n 's/^# \?//p' Makefile | head -12
 
 quickstart: .venv/installed
 	@$(RUN) train.py --cfg cfg/quickstart/gla_lora.yaml --overwrite
@@ -32,7 +33,7 @@ quickstart: .venv/installed
 
 test: lint
 	@echo "== tests (everything that needs no GPU)"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore tests/parallel -n auto --dist loadfile \
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore tests/parallel --ignore tests/slurm -n auto --dist loadfile \
 	    --durations=10
 
 test-unit: .venv/installed-dev
@@ -41,12 +42,15 @@ test-unit: .venv/installed-dev
 test-parallel: .venv/installed-deepspeed
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/parallel --durations=10
 
-test-all: test-parallel
+test-all: test-parallel test-slurm
 
 test-gpu: .venv/installed-dev
 	@$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 	    f"make test-gpu needs a CUDA GPU, and torch {torch.__version__} sees none")'
 	@$(RUN) -m pytest -m gpu --one-config tests/numerics tests/integration --durations=10
+
+test-slurm: .venv/installed-deepspeed
+	@$(RUN) -m pytest tests/slurm --durations=10
 
 # The PEFT of .venv is the newest that pyproject.toml allows; this is the oldest.
 test-oldest-peft: .venv/installed-dev

@@ -6,10 +6,11 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ssm_train.errors import InputError
 
@@ -217,6 +218,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     warmup_.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write instead")
 
+    add_slurm_arguments(
+        add(
+            "slurm",
+            slurm,
+            "Write a job script for a Slurm cluster. The job saves itself before its time limit,\n"
+            "starts again, and goes on. On a terminal, what is missing is asked for.",
+            "ssm-train slurm --cfg cfg/sst2/gla_lora.yaml --nodes 2 --gpus-per-node 8 "
+            "--time 24:00:00 --engine zero2",
+        )
+    )
+
     doctor_ = add(
         "doctor",
         doctor,
@@ -244,6 +256,31 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_slurm_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg", type=Path, metavar="FILE", help="run config (.yaml or .json)")
+    parser.add_argument("--nodes", type=positive, metavar="N", help="nodes of the job")
+    parser.add_argument("--gpus-per-node", type=positive, metavar="N", help="GPUs, and processes")
+    parser.add_argument(
+        "--time", type=time_limit, metavar="HH:MM:SS", help="limit of one start; also D-HH:MM:SS"
+    )
+    parser.add_argument(
+        "--engine",
+        help="single, ddp, zero1, zero2, zero3, fsdp2, ..., or the path "
+        "of an Accelerate config (default: single for one GPU, else ddp)",
+    )
+    parser.add_argument("--cpus-per-gpu", type=positive, default=8, metavar="N", help="default: 8")
+    for name in ("partition", "account", "qos"):
+        parser.add_argument(f"--{name}", help="default: the cluster's")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other option, as --sbatch=--mem=200G; repeat for several",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: <config name>.sh")
+
+
 def add_run_arguments(parser: argparse.ArgumentParser, device: str = "auto") -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
     parser.add_argument(
@@ -268,6 +305,16 @@ def amount(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def time_limit(text: str) -> str:
+    from ssm_train.launch.slurm import read_time
+
+    try:
+        read_time(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def share(text: str) -> float:
@@ -418,6 +465,51 @@ def warmup(arguments: argparse.Namespace) -> int:
 
     tune(cfg, arguments.processes, arguments.out)
     return DONE
+
+
+def slurm(arguments: argparse.Namespace) -> int:
+    from ssm_train.launch.slurm import Job, find_accelerate_config, write_job
+
+    asked = what_the_job_asks_for(arguments)
+
+    from ssm_train.config import load_config
+
+    cfg, _ = load_config(asked["cfg"], {}, os.environ)
+    alone = asked["nodes"] * asked["gpus_per_node"] == 1
+    engine = arguments.engine or ("single" if alone else "ddp")
+    job = Job(
+        **asked,
+        accelerate_config=find_accelerate_config(engine, cfg.prec, asked["nodes"]),
+        cpus_per_gpu=arguments.cpus_per_gpu,
+        partition=arguments.partition,
+        account=arguments.account,
+        qos=arguments.qos,
+        more=tuple(arguments.sbatch),
+    )
+    out = arguments.out or Path(f"{job.cfg.stem}.sh")
+    write_job(job, out)
+    print(f"wrote {out}; submit it with: sbatch {shlex.quote(str(out))}")
+    return DONE
+
+
+def what_the_job_asks_for(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values that have no default: from flags, or from the person at the terminal."""
+    from ssm_train.launch.slurm import ask
+
+    questions: dict[str, tuple[str, Callable[[str], object]]] = {
+        "cfg": ("run config", Path),
+        "nodes": ("nodes", positive),
+        "gpus_per_node": ("GPUs of a node", positive),
+        "time": ("limit of one start, HH:MM:SS", time_limit),
+    }
+    missing = [key for key in questions if getattr(arguments, key) is None]
+    if missing and not sys.stdin.isatty():
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in missing)
+        raise InputError(f"give {flags}; what is missing is asked for on a terminal only")
+    return {
+        key: ask(*question) if key in missing else getattr(arguments, key)
+        for key, question in questions.items()
+    }
 
 
 def doctor(arguments: argparse.Namespace) -> int:

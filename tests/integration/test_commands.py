@@ -140,7 +140,7 @@ def test_plot_and_doctor(finished, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "eval", "generate", "merge", "plot", "warmup", "doctor"]
+    "command", ["train", "eval", "generate", "merge", "plot", "warmup", "slurm", "doctor"]
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
