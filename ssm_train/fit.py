@@ -71,6 +71,8 @@ class Ready:
             self.engine.device, cfg.packing, cfg.prec, bool(cfg.gradient_checkpointing),
             distributed.world_size(),
         )  # fmt: skip
+        if not self.engine.keeps_gradients:
+            reason = f"under {self.engine.name} gradients do not stay in their place"
         if cfg.cuda_graphs and reason:
             raise InputError(f"cuda_graphs: true cannot be, because {reason}; remove it")
         return cfg.cuda_graphs is not False and reason is None

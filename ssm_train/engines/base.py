@@ -27,6 +27,8 @@ class Engine(Protocol):
     """Its `param_groups` hold the learning rates; there after `prepare`."""
     notes: list[str]
     """For the log, after `prepare`."""
+    keeps_gradients: bool
+    """Whether `step` can leave gradients where they are, as CUDA graphs need it."""
     shards_weights: bool
     """Whether a process holds a part of the weights only, so that each forward is collective."""
 

@@ -22,7 +22,7 @@ class Fsdp:
     adapters and step sizes of a bf16 base, stays whole on every process: a group that is gathered
     together may not mix them."""
 
-    name, shards_weights, scaler = "FSDP2", True, None
+    name, shards_weights, keeps_gradients, scaler = "FSDP2", True, False, None
     model: Any
     optimizer: Any
 
@@ -62,7 +62,7 @@ class Fsdp:
         loss.backward()
 
     def step(self, max_norm: float, keep_gradients: bool = False) -> Tensor:
-        assert not keep_gradients, "CUDA graphs are for one process"
+        assert not keep_gradients, self.name
         average([p.grad for p in self.replicated if p.grad is not None])
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
         norm = self._norm(gradients)

@@ -16,7 +16,7 @@ from ssm_train.engines.base import MakeOptimizer
 class Replicated:
     """See `engines.base.Engine`."""
 
-    shards_weights = False
+    shards_weights, keeps_gradients = False, True
     model: nn.Module
     optimizer: Any
 

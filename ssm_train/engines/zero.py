@@ -26,7 +26,7 @@ class Zero:
     """See `engines.base.Engine`. Trained parameters are fp32, and so are all sums: DeepSpeed's own
     mixed precision stays off, as it would round every weight."""
 
-    scaler = None
+    keeps_gradients, scaler = False, None
     model: Any  # DeepSpeed's engine
     optimizer: Any
 
@@ -63,7 +63,7 @@ class Zero:
         self.model.backward(loss)
 
     def step(self, max_norm: float, keep_gradients: bool = False) -> Tensor:
-        assert not keep_gradients, "CUDA graphs are for one process"
+        assert not keep_gradients, self.name
         self.optimizer.clip_grad = 0.0 if math.isinf(max_norm) else max_norm
         self.model.step()
         norm = self.model.get_global_grad_norm()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from ssm_train.engines.hollow import HollowModel
 from ssm_train.engines.launcher import Statement, read_command, read_parent
 from ssm_train.engines.zero_config import Numbers, fill_sizes, read_config
 from ssm_train.errors import InputError
+from ssm_train.fit import Ready
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -251,3 +253,17 @@ def test_a_hollow_model_is_the_model_while_it_is_filled() -> None:
     assert not filled[1].weight.requires_grad and filled[1].bias.requires_grad
     hollow.drain()
     assert all(p.is_meta for p in hollow.model.parameters())
+
+
+def test_graphs_are_refused_where_gradients_move() -> None:
+    engine = SimpleNamespace(
+        device=torch.device("cuda"), keeps_gradients=False, name="ZeRO-2", shards_weights=False
+    )
+    cfg = SimpleNamespace(packing=True, prec="bf16", gradient_checkpointing=False, cuda_graphs=None)
+    ready: Any = SimpleNamespace(engine=engine, cfg=cfg)
+    assert Ready.cuda_graphs.fget(ready) is False
+    cfg.cuda_graphs = True
+    with pytest.raises(InputError, match="because under ZeRO-2 gradients do not stay"):
+        Ready.cuda_graphs.fget(ready)
+    engine.keeps_gradients = True
+    assert Ready.cuda_graphs.fget(ready) is True
