@@ -196,14 +196,14 @@ def open_stage(
 
 def warn_of_engine(ready: Ready) -> list[str]:
     """A line where frozen weights are in parts, though they would fit whole."""
-    if ready.subject.method is None or not ready.engine.shards_weights:
+    world = distributed.world_size()
+    if ready.subject.method is None or not ready.engine.shards_weights or world == 1:
         return []
     size = {True: 0, False: 0}
     for parameter in ready.subject.prepared.model.parameters():
         size[parameter.requires_grad] += parameter.numel() * parameter.element_size()
     if size[False] > memory_of_gpu() / 2:
         return []
-    world = distributed.world_size()
     return [f"warning: {warn_of_parts(ready.engine.name, size[False], size[True], world)}"]
 
 

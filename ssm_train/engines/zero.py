@@ -31,7 +31,7 @@ class Zero:
     optimizer: Any
 
     def __init__(self, device: torch.device, config: Mapping[str, Any]) -> None:
-        """`config`: of DeepSpeed, with numbers in place of every auto."""
+        """`config`: of DeepSpeed, complete but for sizes that depend on the model."""
         self.device, self.config = device, dict(config)
         self.stage = int(config["zero_optimization"]["stage"])
         self.name = f"ZeRO-{self.stage}"
@@ -44,10 +44,10 @@ class Zero:
         self.hollow = HollowModel(bare) if self.shards_weights else None
         trained = sum(p.numel() for p in bare.parameters() if p.requires_grad)
         widest = max(p.shape[-1] for p in bare.parameters() if p.ndim)
-        self.config, filled = fill_sizes(self.config, trained, widest)
+        config, filled = fill_sizes(self.config, trained, widest)
         self.notes = [f"{self.name}: {filled}"]
         self.model, self.optimizer, _, _ = deepspeed.initialize(
-            model=bare, optimizer=make_optimizer(bare), config=self.config, dist_init_required=False
+            model=bare, optimizer=make_optimizer(bare), config=config, dist_init_required=False
         )
         if (stage := self.model.zero_optimization_stage()) != self.stage:
             raise InputError(f"ZeRO-{self.stage} was asked for, but DeepSpeed runs stage {stage}")
@@ -185,6 +185,7 @@ def shape_of(parameter: Any) -> torch.Size:
 def load_deepspeed(device: torch.device) -> Any:
     """DeepSpeed for this kind of device. Raises InputError where it is not installed."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # no launcher: this process is alone
     try:
         import deepspeed
     except ImportError as error:

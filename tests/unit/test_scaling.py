@@ -182,7 +182,10 @@ def test_the_page_holds_the_command_s_tables() -> None:
     assert result.stdout.strip() in page, "docs/scaling.md: run benchmarks/scaling_plan.py again"
 
 
-def test_a_run_is_told_that_frozen_weights_are_in_parts_for_nothing() -> None:
+def test_a_run_is_told_that_frozen_weights_are_in_parts_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ssm_train.fit.distributed.world_size", lambda: 2)
     model: Any = nn.Sequential(nn.Linear(1000, 1000, bias=False).bfloat16(), nn.Linear(10, 10))
     model[0].requires_grad_(False)
     subject = SimpleNamespace(method=object(), prepared=SimpleNamespace(model=model))
