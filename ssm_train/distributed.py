@@ -102,26 +102,32 @@ def gather_objects(items: list[Any]) -> list[Any]:
 
 
 def work_once(work: Callable[[], None]) -> None:
-    """All ranks. Rank 0 works; the others wait, however long it takes, and fail where it fails.
-
-    They ask each other every now and then, so that no collective times out.
-    """
+    """All ranks. One process a node works: rank 0, then one of every other node, which finds what
+    is there already if the nodes share a disk. The others wait, however long it takes, and all
+    fail where one fails."""
     if not dist.is_initialized():
         work()
         return
-    failure: BaseException | None = None
+    leads_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    work_together(work if is_main() else None)
+    work_together(work if leads_node and not is_main() else None)
+
+
+def work_together(work: Callable[[], None] | None) -> None:
+    """All ranks, each with its work or none. They ask each other every now and then, so that no
+    collective times out."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(work) if is_main() else None
-        done = False
-        while not done:
+        future = pool.submit(work) if work is not None else None
+        while True:
             if future is not None:
                 wait([future], timeout=SECONDS_BETWEEN_QUESTIONS)
-            mine = (
-                (future.done(), future.exception() if future.done() else None) if future else None
-            )
-            done, failure = gather_objects([mine])[0]
-    if failure is not None:
-        raise failure
+            done = future is None or future.done()
+            failure = future.exception() if future is not None and done else None
+            everyone = gather_objects([(done, failure)])
+            if failures := [failure for _, failure in everyone if failure is not None]:
+                raise failures[0]
+            if all(done for done, _ in everyone):
+                return
 
 
 def seed_everything(seed: int) -> None:
