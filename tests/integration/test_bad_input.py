@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ssm_train.cli import BAD_INPUT, DONE, main
+from ssm_train.cli import main
+from ssm_train.commands import BAD_INPUT, DONE
 
 RECORDS = [{"question": f"a {n} b", "answer": f"{n} c"} for n in ["one", "two", "three", "four"]]
 WORKS: dict[str, Any] = {

@@ -14,7 +14,8 @@ from tiny_runs import LORA, PISSA, metrics, train, write_config
 import ssm_train
 from ssm_train.adapters.base import ModelSpec
 from ssm_train.adapters.registry import resolve
-from ssm_train.cli import BAD_INPUT, DONE, main
+from ssm_train.cli import main
+from ssm_train.commands import BAD_INPUT, DONE
 from ssm_train.config import load_config
 
 RUNS = {

@@ -19,7 +19,7 @@ import yaml
 from old_commands import PLAIN, Command, Seen
 from tiny_runs import COUNTING, LORA, SIDES, make_records, write_config
 
-from ssm_train.cli import BAD_INPUT, DONE, FAILED
+from ssm_train.commands import BAD_INPUT, DONE, FAILED
 from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.overrides import ENVIRONMENT
 from ssm_train.peft.lora import LoraMethod, lora_layers

@@ -12,7 +12,7 @@ import torch
 from old_commands import LR, PLAIN, STEPS, Command, Seen
 from tiny_runs import losses, write_config
 
-from ssm_train.cli import DONE
+from ssm_train.commands import DONE
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from tiny_runs import (
     LORA_GA,
     PISSA,
     SIDES,
+    SPARSE,
     assert_same_tensors,
     exported,
     losses,
@@ -23,16 +24,10 @@ from tiny_runs import (
     write_config,
 )
 
-from ssm_train.cli import BAD_INPUT, main
+from ssm_train.cli import main
+from ssm_train.commands import BAD_INPUT
 
 CALM = LORA | {"lora_dropout": 0.0}  # dropout differs between ranks by design
-SPARSE = {
-    "peft_type": "SD_LORA",
-    "num_freeze": {"channel": 0.8, "state": 0.5},
-    "num_zero": {"channel": 0.1},
-    "proj_lora_dropout": 0.0,
-    "num_warmup_it": 3,
-}
 # name -> family, changes of both runs; 4 examples a step: one process 4 x 1, two processes 2 x 1,
 # or 1 x 2 with accumulation.
 RUNS = {

@@ -25,7 +25,7 @@ from tiny_runs import (
     write_config,
 )
 
-from ssm_train.cli import REQUEUE
+from ssm_train.commands import REQUEUE
 from ssm_train.config import load_config
 from ssm_train.errors import InputError
 from ssm_train.finished import evaluate_run, load_run
@@ -474,7 +474,8 @@ def test_a_matrix_past_which_the_forward_reads_stops_the_run(tmp_path, monkeypat
     import torch.nn.functional as F
 
     from ssm_train.adapters.gla_mixer import GatedMLP
-    from ssm_train.cli import BAD_INPUT, main
+    from ssm_train.cli import main
+    from ssm_train.commands import BAD_INPUT
 
     def fused(self, x, **_):
         return F.linear(F.silu(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)

@@ -38,6 +38,13 @@ LORA_GA = PISSA | {
     "loraga_steps": 3,
     "loraplus_lr_ratio": 4.0,
 }
+SPARSE = {
+    "peft_type": "SD_LORA",
+    "num_freeze": {"channel": 0.8, "state": 0.5},
+    "num_zero": {"channel": 0.1},
+    "proj_lora_dropout": 0.0,
+    "num_warmup_it": 3,
+}
 
 COUNTING = {"type": "generation", "prompt": "{question} =>", "label": "{answer}"}
 SIDES = {

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from made_up_jobs import ROOT, Room
 
-from ssm_train.cli import BAD_INPUT, DONE, main
+from ssm_train.cli import main
+from ssm_train.commands import BAD_INPUT, DONE
 from ssm_train.launch import slurm_node, slurm_sweep
 
 SHIPPED = sorted((ROOT / "slurm").glob("*_*.sh"))

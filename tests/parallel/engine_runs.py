@@ -12,17 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_runs import LORA, LORA_GA, MODELS, PISSA, SIDES, stop_in_step, train, write_config
+from tiny_runs import LORA, LORA_GA, MODELS, PISSA, SIDES, SPARSE, stop_in_step, train, write_config
 
 ROOT = Path(__file__).parents[2]
 CALM = LORA | {"lora_dropout": 0.0}  # dropout differs between ranks by design
-SPARSE = {
-    "peft_type": "SD_LORA",
-    "num_freeze": {"channel": 0.8, "state": 0.5},
-    "num_zero": {"channel": 0.1},
-    "proj_lora_dropout": 0.0,
-    "num_warmup_it": 3,
-}  # two stages, each prepared anew
 STOP = 9  # the step in which the run that is to go on elsewhere is stopped
 COMMON = {"max_steps": 20, "eval_steps": 10, "save_steps": 10, "adam_epsilon": 1e-3}
 FULL = {"learning_rate": 2e-3}  # at more, roundings grow tenfold in a few steps

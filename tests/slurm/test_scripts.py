@@ -9,7 +9,8 @@ from cluster import Cluster
 from slurm_runs import ROOT, VARIABLES, Runs
 from tiny_runs import losses, write_config
 
-from ssm_train.cli import DONE, main
+from ssm_train.cli import main
+from ssm_train.commands import DONE
 
 SHIPPED = ("train_single_node.sh", "train_multi_node.sh", "--array=1-8%4 sweep_array.sh")
 

@@ -19,7 +19,8 @@ from pydantic.fields import FieldInfo
 
 from ssm_train.adapters.base import ModelSettings
 from ssm_train.checkpoint import CheckpointSettings
-from ssm_train.cli import build_parser, overrides_of
+from ssm_train.cli import build_parser
+from ssm_train.commands import overrides_of
 from ssm_train.config import RunConfig, load_config
 from ssm_train.data import DataSettings
 from ssm_train.errors import InputError

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from ssm_train.cli import BAD_INPUT, DONE, main
+from ssm_train.cli import main
+from ssm_train.commands import BAD_INPUT, DONE
 from ssm_train.config import RunConfig, load_config
 from ssm_train.errors import InputError
 from ssm_train.plan import GIB, Plan, make_plan, settle_tokens

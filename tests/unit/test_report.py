@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from ssm_train.cli import BAD_INPUT, DONE, main
+from ssm_train.cli import main
+from ssm_train.commands import BAD_INPUT, DONE
 from ssm_train.config import RunConfig, dump_yaml, run_directory
 from ssm_train.errors import InputError
 from ssm_train.metrics import MetricsLog

@@ -13,7 +13,8 @@ import torch
 import yaml
 from torch import nn
 
-from ssm_train.cli import BAD_INPUT, DONE, main
+from ssm_train.cli import main
+from ssm_train.commands import BAD_INPUT, DONE
 from ssm_train.fit import warn_of_engine
 from ssm_train.scaling import Model, Part, Weights, divide, measure, warn_of_parts
 
