@@ -27,7 +27,7 @@ from ssm_train.errors import InputError
 from ssm_train.generate import Autocast, Decoder, evaluation_mode, read_options
 from ssm_train.scores import OUT_OF_CLASS
 from ssm_train.settings import Settings
-from ssm_train.watchdog import beat
+from ssm_train.watchdog import beat, unwatched
 
 Gather = Callable[[list[Any]], list[Any]]  # all ranks: the lists of every rank, concatenated
 Score = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
@@ -254,12 +254,13 @@ def score_once(
     """All ranks. Rank 0 scores: what a time limit cuts off is the same everywhere, and what it
     cannot score stops every rank instead of leaving the others waiting."""
     outcome: list[dict[str, float] | InputError] = []
-    if rank == 0:
-        try:
-            outcome = [score()]
-        except InputError as error:
-            outcome = [error]
-    (first,) = gather(outcome)
+    with unwatched():
+        if rank == 0:
+            try:
+                outcome = [score()]
+            except InputError as error:
+                outcome = [error]
+        (first,) = gather(outcome)
     if isinstance(first, InputError):
         raise first
     return first

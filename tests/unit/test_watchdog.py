@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ssm_train.watchdog import beat, watch
+from ssm_train.watchdog import beat, unwatched, watch
 
 HANGS = """
 import sys, threading
@@ -43,6 +43,13 @@ def test_progress_keeps_it_away(tmp_path: Path) -> None:
             time.sleep(0.1)
             beat()
     time.sleep(0.6)  # it is gone
+    assert not file.exists()
+
+
+def test_work_with_limits_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "stacks.txt"
+    with watch(0.2, file, 0), unwatched():
+        time.sleep(0.6)
     assert not file.exists()
 
 
