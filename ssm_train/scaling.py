@@ -54,6 +54,9 @@ class Model:
     """Share that ZeRO-3 keeps gathered from the forward to the backward pass."""
     prefetched: float
     """Share that it gathers ahead."""
+    looked_up: float = 0.0
+    """Bytes of frozen embeddings, which ZeRO-3 does not gather for the backward pass; seen of one
+    that is the head too as well."""
     copies: float = 0.0
     """Bytes of trained weights in the run's precision, which autocast makes and backward reads:
     whole on each GPU, whatever the engine."""
@@ -71,9 +74,8 @@ def measure(model: nn.Module, zero_3: Mapping[str, int], copies: float = 0.0) ->
         dtypes[parameter.dtype] += parameter.numel()
     (most, _), *_ = dtypes.most_common()
     layers = find_layers(model)
+    embeddings = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
     in_layers = {p for layer in layers for p in layer.parameters()}
-    # DeepSpeed passes an adapted weight twice: in its own layer, and in the LoRA layer around it.
-    adapted = sum(p.numel() for n, p in model.named_parameters() if ".base_layer." in n)
     return Model(
         all=weigh(parameters),
         small=weigh([p for p in parameters if p.numel() <= persistent]),
@@ -85,8 +87,9 @@ def measure(model: nn.Module, zero_3: Mapping[str, int], copies: float = 0.0) ->
             default=Weights(),
         ),
         # What comes after a layer lies twice between its forward and its backward pass.
-        reused=min(1.0, distance / 2 / (elements + adapted)),
+        reused=min(1.0, distance / 2 / elements),
         prefetched=min(1.0, ahead / elements),
+        looked_up=weigh([p for p in embeddings if p.numel() > persistent]).frozen,
         copies=copies,
     )
 
@@ -193,13 +196,14 @@ def divide_by_zero_3(model: Model, processes: int, micro_batches: int) -> Part:
     parts = model.all.without(model.small)
     bucket = min(4 * BUCKET, model.all.trained)
     here = min(1.0, model.reused + model.prefetched)
+    again = (parts.all - model.looked_up) * (1 - model.reused)  # for the backward pass
     return Part(
         "ZeRO-3",
         weights=model.small.all + model.all.all / processes,
         optimizer=3 * model.all.trained / processes,
         gradients=model.all.trained / processes,
         buffers=here * parts.all + 2 * bucket + model.copies,
-        gathered=micro_batches * parts.all * (2 - model.reused) + model.small.all,
+        gathered=micro_batches * (parts.all + again) + model.small.all,
         scattered=micro_batches * model.all.trained,
     )
 

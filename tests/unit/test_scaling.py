@@ -24,7 +24,7 @@ GLA = {"model_type": "gla", "hidden_size": 256, "num_hidden_layers": 4, "num_hea
 # Bytes. An adapter of 2,000 on 8,000 frozen ones.
 ADAPTED = Model(
     all=Weights(8_000, 2_000), small=Weights(100, 300), odd=Weights(0, 2_000),
-    root=Weights(1_000, 0), layer=Weights(500, 0), reused=0.25, prefetched=0.05,
+    root=Weights(1_000, 0), layer=Weights(500, 0), reused=0.25, prefetched=0.05, looked_up=800,
 )  # fmt: skip
 FULL = Model(
     all=Weights(0, 8_000), small=Weights(0, 400), odd=Weights(),
@@ -37,8 +37,8 @@ ADAPTED_TWO_BATCHES = {
     "ZeRO-2": ([10_000, 1_500, 1_000, 6_000], 7_500),
     # Adapters whole; gathered: 2 batches x (2 x 8,000 - 1,000).
     "FSDP2": ([4_000, 4_000, 2_000, 4_000], 25_500),
-    # 9,600 in parts, of which 0.3 are here; gathered: 2 batches x 9,600 x 1.75, and 400.
-    "ZeRO-3": ([2_900, 1_500, 500, 6_880], 28_500),
+    # 9,600 in parts, of which 0.3 are here; gathered: 2 batches x (9,600 + 8,800 x 0.75), and 400.
+    "ZeRO-3": ([2_900, 1_500, 500, 6_880], 27_600),
 }
 FULL_ONE_BATCH = {
     "DDP": ([8_000, 16_000, 8_000, 12_000], 12_000),
@@ -111,8 +111,9 @@ def test_a_model_is_counted_as_engines_tell_it_apart() -> None:
         odd=Weights(0, 64),
         root=Weights(64, 0),
         layer=Weights(32, 0),
-        reused=14 / (80 + 32),  # adapted weights twice
+        reused=14 / 80,
         prefetched=8 / 80,
+        looked_up=64,
     )
     # As in ds_configs/zero3.json: 40 elements stay whole, and nothing is released.
     shipped = measure(Toy(), {})
