@@ -147,6 +147,7 @@ class Stage:
             stop=ready.stop,
             cuda_graphs=ready.cuda_graphs,
         )
+        ready.engine.model.train()  # weights from files come in evaluation mode: no recomputation
         try:
             return train(training, self.state)
         finally:

@@ -30,6 +30,7 @@ from ssm_train.config import load_config
 from ssm_train.errors import InputError
 from ssm_train.finished import evaluate_run, load_run
 from ssm_train.lock import own
+from ssm_train.loop import train_step
 
 
 @pytest.fixture(autouse=True)
@@ -562,3 +563,21 @@ def test_tensorboard_gets_the_rows_of_metrics_jsonl(tmp_path):
         rows = [(row["step"], row["loss"]) for row in metrics(result.run_dir, split)]
         assert [step for step, _ in written] == [step for step, _ in rows]
         assert [v for _, v in written] == pytest.approx([v for _, v in rows], rel=1e-6)
+
+
+def test_a_base_from_files_trains_in_training_mode(tmp_path, monkeypatch):
+    """transformers loads in evaluation mode, in which nothing is recomputed and nothing dropped."""
+    base = write_config(tmp_path, "base", "gla", max_steps=1, skip_eval=True)
+    config = write_config(
+        tmp_path, "run", "gla", new_model=None, tokenizer=None, model=str(base), peft=LORA,
+        max_steps=4, eval_steps=2, gradient_checkpointing=True,
+    )  # fmt: skip
+    modes = []
+
+    def spy(run, step):
+        modes.append({module.training for module in run.engine.model.modules()})
+        return train_step(run, step)
+
+    monkeypatch.setattr("ssm_train.loop.train_step", spy)
+    train(config)
+    assert modes == [{True}] * 5  # one step of the base, four of the run, evaluations between
