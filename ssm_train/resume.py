@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ssm_train import checkpoint, distributed, snapshot
 from ssm_train.adapters.base import PeftMethod
 from ssm_train.engines.base import Engine
@@ -25,25 +27,24 @@ class RunCheckpoints:
     def save(self, state: TrainState) -> None:
         """All ranks. Writes a checkpoint, points at the best one, removes old ones."""
         scaler = self.engine.scaler
-        with self.engine.whole() as model:
-            checkpoint.save_checkpoint(
-                self.run_dir,
-                state.step,
-                {
-                    "trainable": self.engine.trained(),
-                    "optimizer": self.engine.optimizer_state(),
-                    "base": self.method.changed_base(model) if self.method else {},
-                },
-                {
-                    "train": asdict(state),
-                    "stage": self.stage,
-                    "global_batch": self.global_batch,
-                    "scaler": scaler.state_dict() if scaler else None,
-                },
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
-                barrier=distributed.barrier,
-            )
+        checkpoint.save_checkpoint(
+            self.run_dir,
+            state.step,
+            {
+                "trainable": self.engine.trained(),
+                "optimizer": self.engine.optimizer_state(),
+                "base": self._changed_base(),
+            },
+            {
+                "train": asdict(state),
+                "stage": self.stage,
+                "global_batch": self.global_batch,
+                "scaler": scaler.state_dict() if scaler else None,
+            },
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            barrier=distributed.barrier,
+        )
         if distributed.is_main():  # rank 0
             best_step = state.best_step  # also after a resume from before a damaged, better one
             if best_step and checkpoint.checkpoint_path(self.run_dir, best_step).exists():
@@ -51,6 +52,14 @@ class RunCheckpoints:
             best = checkpoint.read_pointer(self.run_dir, "best")
             checkpoint.prune(self.run_dir, self.keep, () if best is None else (best,))
         distributed.barrier()
+
+    def _changed_base(self) -> dict[str, Tensor]:
+        """All ranks. On the CPU, as an engine may take weights back; full fine-tuning has none, and
+        gathers none."""
+        if self.method is None:
+            return {}
+        with self.engine.whole() as model:
+            return {name: t.detach().cpu() for name, t in self.method.changed_base(model).items()}
 
     def restore(self, found: checkpoint.Checkpoint) -> TrainState:
         """All ranks. Parameters, optimizer and random states as they were."""
