@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssm_train.recording import NotRecorded, record
+
 Place = tuple[Any, Any]
 """A container inside a cache, and the key of a state in it: a tensor [B, ...], or None before the
 prompt."""
@@ -150,19 +152,17 @@ class DecodingStep:
         Inside autocast, casts of weights are found in its cache since the first token, and stay
         there until the surrounding autocast ends, after the last replay.
         """
-        graph = torch.cuda.CUDAGraph()
         device = self.ids.device
-        current = torch.cuda.current_stream(device)
         try:
-            with torch.cuda.graph(
-                graph,
+            with record(
+                device,
+                random=False,  # those who draw are outside
                 stream=recording_stream(device),
                 capture_error_mode="thread_local",  # others may load data meanwhile
-            ):
+            ) as graph:
                 self.output = self._run()
-        except RuntimeError as error:
-            torch.cuda.set_stream(current)  # which a failed recording leaves behind
-            self.failure = str(error).partition("\n")[0]
+        except NotRecorded as error:
+            self.failure = str(error)
             self._hold_states()  # nothing has run
             self.output = self._run()
             return

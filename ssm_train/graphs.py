@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ssm_train.adapters.base import Batch
 from ssm_train.loss import IGNORED
+from ssm_train.recording import NotRecorded, record
 
 DOCUMENTS = 32  # the number of documents is padded to a multiple of it
 TARGETS = 8  # the number of targets to a multiple of this part of the row
@@ -85,20 +86,15 @@ class GradientGraphs:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        stream = current_stream(batch)
         try:
             recording = Recording(self.gradients, batch, scale, self.pool)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-        else:
-            self.held += torch.cuda.memory_reserved() - before
-            return recording
-        if stream is not None:
-            torch.cuda.set_stream(stream)  # a failed recording leaves its own behind
-        self.off = True
-        self.drop()
-        warnings.warn(f"no CUDA graphs, kernels are launched one by one: {reason}", stacklevel=2)
-        return None
+        except NotRecorded as error:
+            self.off = True
+            self.drop()
+            warnings.warn(f"no CUDA graphs, kernels are launched one by one: {error}", stacklevel=2)
+            return None
+        self.held += torch.cuda.memory_reserved() - before
+        return recording
 
     def _keep_buffers(self) -> None:
         for parameter in self.parameters:
@@ -113,8 +109,7 @@ class Recording:
         own: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors(batch).items()}
         self.batch = replace(batch, **own)
         self.scale = scale.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with record(batch.input_ids.device, pool=pool) as self.graph:
             self.loss = gradients(self.batch, self.scale)
 
     def replay(self, batch: Batch, scale: Tensor) -> Tensor:
@@ -122,11 +117,6 @@ class Recording:
         torch._foreach_copy_([*own.values(), self.scale], [*(given[name] for name in own), scale])
         self.graph.replay()
         return self.loss.clone()
-
-
-def current_stream(batch: Batch) -> torch.cuda.Stream | None:
-    device = batch.input_ids.device
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def unused_memory() -> int:

@@ -38,6 +38,7 @@ class BambaMixer(CachedMixer, stock.BambaMixer):
     sites = Mamba2Mixer.sites
     slices = Mamba2Mixer.slices  # type: ignore[assignment]
     forward = Mamba2Mixer.forward  # type: ignore[assignment]
+    _steps_in_place = Mamba2Mixer._steps_in_place
 
 
 class BambaRMSNorm(RMSNorm, stock.BambaRMSNorm):  # type: ignore[misc]

@@ -15,6 +15,7 @@ from transformers.models.mamba2 import modeling_mamba2 as stock2
 
 from ssm_train.adapters import common, ssd_triton
 from ssm_train.adapters.base import KernelChoice
+from ssm_train.kernels import implementation
 from ssm_train.kernels.rms_norm import gated_rms_norm, rms_norm
 from ssm_train.kernels.selective_scan import selective_scan
 from ssm_train.kernels.ssd import ssd
@@ -176,23 +177,37 @@ class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
         # The bias promotes dt to fp32 before the softplus.
         bias = self.step_bias(self.dt_bias)
         dt = step_sizes(dt + bias, real, *self.time_step_limit)  # [B, T, heads]
-        plain = ssd_triton.implementation(self.kernels, x.device) == "reference"
-        scan = ssd if plain else ssd_triton.ssd_triton
         with torch.autocast(x.device.type, enabled=False):
-            y, state = scan(
+            inputs = (
                 x.unflatten(-1, (self.num_heads, self.head_dim)),
                 dt,
                 -torch.exp(self.log_decay(self.A_log)),
                 B.unflatten(-1, (self.n_groups, self.ssm_state_size)),
                 C.unflatten(-1, (self.n_groups, self.ssm_state_size)),
-                D=self.skip(self.D),
-                initial_state=past,
-                output_final_state=cache_params is not None,
-                cu_seqlens=cu_seqlens,
             )
+            skip, state = self.skip(self.D), past
+            if self._steps_in_place(hidden_states, cache_params) and past is not None:
+                from ssm_train.kernels.ssd.triton import ssd_step
+
+                y = ssd_step(*inputs, skip, past)
+            else:
+                plain = ssd_triton.implementation(self.kernels, x.device) == "reference"
+                y, state = (ssd if plain else ssd_triton.ssd_triton)(
+                    *inputs,
+                    D=skip,
+                    initial_state=past,
+                    output_final_state=cache_params is not None,
+                    cu_seqlens=cu_seqlens,
+                )
         if cache_params is not None:
             cache_params.update_recurrent_state(state, self.layer_idx)
         return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _steps_in_place(self: Any, hidden: Tensor, cache: Any) -> bool:
+        """Whether Triton may take a step of hidden [B, T, H] in the cached state itself."""
+        stays = getattr(cache, "states_stay", False)  # see `decode_step`
+        on_gpu = implementation(self.kernels, hidden.device) == "triton"
+        return stays and on_gpu and hidden.shape[1] == 1
 
 
 def real_positions(hidden: Tensor, attention_mask: Tensor | None) -> Tensor | None:

@@ -78,6 +78,8 @@ def start_threads() -> ThreadPoolExecutor:
 def load(kernel: Any) -> None:
     """A compiled kernel, as its first launch does."""
     with suppress(Exception):  # it says so when it is launched
+        if hasattr(kernel, "result"):  # it is what was compiled on another thread
+            kernel = kernel.result()
         kernel.run  # noqa: B018  a property that loads
 
 

@@ -59,6 +59,7 @@ from ssm_train.kernels.compiling import compile_ahead
 from ssm_train.kernels.gla.triton import gla_step
 from ssm_train.kernels.rms_norm import triton as norm
 from ssm_train.kernels.selective_scan import triton as scan
+from ssm_train.kernels.ssd.triton import ssd_step
 
 compiled = set()
 threads = set()
@@ -99,6 +100,7 @@ with compile_ahead():
     with torch.no_grad():
         q, k, v, g = (draw(2, 1, 2, 16) for _ in range(4))
         gla_step(q, k, v, g, torch.zeros(2, 2, 16, 16))
+        ssd_step(q, q[..., 0], q[0, 0, :, 0], k, v, None, torch.zeros(2, 2, 16, 16))
 print(*sorted(compiled))
 assert len(threads) > 1 and threading.get_ident() not in threads, threads
 assert {name for _, name in loaded} == {name.partition(".")[2] for name in compiled}, loaded
@@ -144,7 +146,7 @@ print(compiled, toy.measured, tuner.cache)
 KERNELS = """
 causal_conv1d._gradients causal_conv1d._outputs gla._step rms_norm._gradients rms_norm._outputs
 selective_scan._gradients selective_scan._outputs selective_scan._pass_states
-selective_scan._sum_segments selective_scan._sum_segments_back
+selective_scan._sum_segments selective_scan._sum_segments_back ssd._step
 """
 
 

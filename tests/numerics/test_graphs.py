@@ -21,6 +21,7 @@ from ssm_train.graphs import IGNORED, obstacle, pad
 from ssm_train.loop import Schedule, Training, TrainState, train
 from ssm_train.optim import OptimSettings, build_optimizer
 from ssm_train.peft.spec import load_peft
+from ssm_train.recording import NotRecorded
 
 VOCABULARY = 61
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": VOCABULARY}
@@ -149,7 +150,7 @@ def test_a_wait_for_the_device_ends_recording_and_nothing_else() -> None:
 
 def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise NotRecorded("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs_module, "Recording", refuse)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

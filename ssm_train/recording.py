@@ -1,0 +1,50 @@
+"""Recording a CUDA graph so that one that cannot be recorded leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+
+class NotRecorded(Exception):
+    """What CUDA said, in a line."""
+
+
+@contextmanager
+def record(
+    device: torch.device, *, pool: Any = None, random: bool = True, **options: Any
+) -> Iterator[torch.cuda.CUDAGraph]:
+    """A graph of what is launched inside; nothing runs. NotRecorded where that cannot be.
+
+    PyTorch leaves a failed recording half open: its stream is the current one, random numbers are
+    refused, memory stays in the graph's pool. Here all three are as before. With `random` a failure
+    gives the device another state of random numbers, equal to the one before: graphs recorded
+    earlier draw from the old one and must not be replayed. Without it no random number may be
+    drawn inside.
+
+    pool: of `torch.cuda.graph_pool_handle`; options: those of `torch.cuda.graph`.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = torch.cuda.current_stream(device)
+    pool = pool or torch.cuda.graph_pool_handle()
+    generator = torch.cuda.default_generators[index]
+    after, spare = generator.graphsafe_get_state(), generator.clone_state()
+    if not random:
+        generator.graphsafe_set_state(spare)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool, **options):
+            yield graph
+    except RuntimeError as error:
+        torch.cuda.set_stream(stream)
+        if random:
+            after = spare
+        with suppress(RuntimeError):  # it had not begun, or had ended
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
+        raise NotRecorded(str(error).partition("\n")[0]) from error
+    finally:
+        generator.graphsafe_set_state(after)

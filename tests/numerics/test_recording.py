@@ -1,0 +1,50 @@
+"""A CUDA graph that cannot be recorded leaves stream, random numbers and memory as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssm_train.recording import NotRecorded, record
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("random", [True, False])
+def test_a_failed_recording_leaves_nothing(random: bool) -> None:
+    device = torch.device("cuda")
+
+    def draw() -> torch.Tensor:
+        return torch.rand(4, device=device)
+
+    def fail() -> None:
+        x = torch.ones(2**24, device=device)  # 64 MiB of the pool
+        if random:
+            draw()
+        float(x.sum())
+
+    torch.manual_seed(1)
+    expected = [draw().tolist() for _ in range(2)]
+    with record(device, random=False) as earlier:
+        still = torch.ones((), device=device) + 1
+    torch.manual_seed(1)
+    torch.cuda.empty_cache()
+    stream, reserved = torch.cuda.current_stream(), torch.cuda.memory_reserved()
+    found = [draw().tolist()]
+    with pytest.raises(NotRecorded, match="captur"), record(device, random=random):
+        fail()
+    found.append(draw().tolist())
+    assert found == expected
+    torch.cuda.empty_cache()
+    assert torch.cuda.current_stream() == stream
+    assert torch.cuda.memory_reserved() == reserved
+    earlier.replay()
+    assert float(still) == 2
+
+    with record(device) as graph:
+        drawn = draw()
+    values = set()
+    for _ in range(3):
+        graph.replay()
+        values.add(tuple(drawn.tolist()))
+    assert len(values) == 3
