@@ -73,7 +73,7 @@ def build_model(
         dtype=torch.bfloat16 if rank else torch.float32,
         device=str(device),
         gradient_checkpointing=recompute,
-        init_context=lambda: torch.device(device),
+        place=device,
     )
     adapter, _ = registry.resolve(spec)
     prepared = adapter.prepare(spec)

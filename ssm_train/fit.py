@@ -255,7 +255,7 @@ def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | No
     ready.found, ready.notes = None, [str(selection)]
     distributed.seed_everything(ready.cfg.seed)
     method.begin_training(ready.subject.prepared, selection)
-    prove_alive(ready)
+    prove_alive(ready, ready.subject.prepared.model)
     return None
 
 

@@ -16,6 +16,7 @@ from ssm_train.engines.base import MakeOptimizer
 class Replicated:
     """See `engines.base.Engine`."""
 
+    place: str | None = None
     shards_weights, keeps_gradients = False, True
     model: nn.Module
     optimizer: Any
@@ -26,6 +27,9 @@ class Replicated:
         self.device: torch.device = accelerator.device
         self.scaler = accelerator.scaler
         self.notes: list[str] = []
+
+    def spread(self, bare: nn.Module) -> nn.Module:
+        return bare
 
     def prepare(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
         self.bare = bare
