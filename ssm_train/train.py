@@ -136,7 +136,7 @@ def get_ready(
         distributed.build_accelerator(cfg.prec, cfg.device),
         Numbers(
             cfg.prec, 1 if cfg.packing else cfg.batch_size, cfg.gradient_accumulation_steps,
-            cfg.max_grad_norm,
+            cfg.max_grad_norm, trains_all=peft is None and given is None,
         ),
     )  # fmt: skip
     device = engine.device

@@ -16,6 +16,7 @@ from ssm_train import snapshot
 from ssm_train.engines import dealing
 from ssm_train.engines.base import MakeOptimizer
 from ssm_train.engines.hollow import HollowModel
+from ssm_train.engines.replicated import average
 from ssm_train.parts import full, like, local
 
 
@@ -64,7 +65,7 @@ class Fsdp:
 
     def step(self, max_norm: float, keep_gradients: bool = False) -> Tensor:
         assert not keep_gradients, self.name
-        average([p.grad for p in self.replicated if p.grad is not None])
+        average(self.replicated)
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
         norm = self._norm(gradients)
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -158,15 +159,3 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated layers: what the longest list of modules holds."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=[])
-
-
-def average(gradients: list[Tensor]) -> None:
-    """All ranks. In one collective."""
-    if gradients:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for gradient, part in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(part.view_as(gradient))

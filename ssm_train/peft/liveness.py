@@ -46,6 +46,7 @@ def check_liveness(
             loss = token_losses(model, batch).loss
             if loss.requires_grad:
                 loss.backward()
+            loss = loss.detach()
         norms = take_norms(trainable.values())
     norms = torch.where(norms.isfinite(), norms, torch.inf)
     if reduce_max is not None:
