@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument(
         "--warmup", type=int, default=6,
-        help="steps before: rows of a shape run once and are recorded once before they are replayed",
+        help="steps before: rows of a shape run and are recorded before they are replayed",
     )  # fmt: skip
     parser.add_argument("--recompute", choices=("mixer", "mlp", "all"), help="to save memory")
     parser.add_argument("--no-single", action="store_true", help="without one GPU alone")

@@ -7,7 +7,7 @@ save: there gradients cross while the backward pass goes on, by PyTorch's DDP.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ssm_train import distributed, snapshot
 from ssm_train.engines.base import MakeOptimizer
-from ssm_train.engines.zero_config import BUCKET
+
+LARGE = 1_000_000  # elements of what crosses by itself
+BUCKET = 50_000_000  # elements of small ones that cross together
 
 
 class Replicated:
@@ -94,29 +96,37 @@ class Replicated:
 
 
 def average(parameters: Iterable[nn.Parameter]) -> None:
-    """All ranks. Gradients become their mean over ranks, where they lie, some at a time."""
+    """All ranks. Gradients become their mean over ranks, where they lie."""
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:  # this rank's batch did not reach it, another's may have
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
+    under_way = []
     for some in in_buckets(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in some])
-        dist.all_reduce(flat)
+        alone = len(some) == 1 and some[0].is_contiguous()
+        flat = some[0] if alone else torch.cat([gradient.flatten() for gradient in some])
+        under_way.append((dist.all_reduce(flat, async_op=True), flat, some))
+    for work, flat, some in under_way:
+        work.wait()
         flat /= dist.get_world_size()
-        parts = flat.split([gradient.numel() for gradient in some])
-        torch._foreach_copy_(some, [p.view_as(g) for p, g in zip(parts, some, strict=True)])
+        if flat is not some[0]:
+            parts = flat.split([gradient.numel() for gradient in some])
+            torch._foreach_copy_(some, [p.view_as(g) for p, g in zip(parts, some, strict=True)])
 
 
-def in_buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """In their order, as many at a time as have BUCKET elements, or one."""
-    bucket: list[Tensor] = []
+def in_buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Large ones alone, small ones together."""
+    small: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        if bucket and size + tensor.numel() > BUCKET:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
+        if tensor.numel() >= LARGE:
+            yield [tensor]
+            continue
+        small.append(tensor)
         size += tensor.numel()
-    if bucket:
-        yield bucket
+        if size >= BUCKET:
+            yield small
+            small, size = [], 0
+    if small:
+        yield small

@@ -63,6 +63,11 @@ class Zero:
         widest = max(p.shape[-1] for p in bare.parameters() if p.ndim)
         config, filled = fill_sizes(self.config, trained, widest)
         self.notes = [f"{self.name}: {filled}"]
+        if self.shards_weights:
+            # A layer is gathered at once: its fused operations read weights past their modules, and
+            # hooks in each of its many small modules would take longer than the products.
+            for layer in fsdp.find_layers(bare):
+                deepspeed.utils.set_z3_leaf_module(layer, True)
         if self.contents is not None:
             deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
             dealer = dealing.Dealer(bare, *self.contents, self.device)

@@ -46,7 +46,7 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # On GPUs a few, by the reference, so that there is no other difference than the engine.
 DEVICE = os.environ.get("SSM_TRAIN_TEST_DEVICE", "cpu")
-ON_GPU = ("gla_lora", "mamba_full", "gla_packed", "mamba_accumulated", "gla_stopped_full")
+ON_GPU = ("gla_lora", "mamba_full", "gla_packed", "mamba_lora", "gla_stopped_full")
 if DEVICE == "cuda":
     CASES = {name: CASES[name] for name in ON_GPU}
 SHARDED = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2")
