@@ -220,6 +220,7 @@ def load_examples(cfg: RunConfig, tokenizer: Any, split: str) -> TokenizedDatase
             progress=progress,
             say=say_line,
             once=distributed.work_once,
+            ask_nodes=distributed.ask_nodes,
         )
 
 

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ssm_train.errors import InputError
 
+T = TypeVar("T")
 Precision = Literal["bf16", "fp16", "fp32"]
 SECONDS_BETWEEN_QUESTIONS = 1.0
 ENGINES = ("NO", "MULTI_CPU", "MULTI_GPU")
@@ -108,9 +109,21 @@ def work_once(work: Callable[[], None]) -> None:
     if not dist.is_initialized():
         work()
         return
-    leads_node = os.environ.get("LOCAL_RANK", "0") == "0"
     work_together(work if is_main() else None)
-    work_together(work if leads_node and not is_main() else None)
+    work_together(work if leads_node() and not is_main() else None)
+
+
+def ask_nodes(question: Callable[[], T]) -> list[T]:
+    """All ranks. The answers of one process a node, rank 0's first, to everyone."""
+    if not dist.is_initialized():
+        return [question()]
+    answers: list[T] = []
+    work_together((lambda: answers.append(question())) if leads_node() else None)
+    return gather_objects(answers)
+
+
+def leads_node() -> bool:
+    return is_main() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def work_together(work: Callable[[], None] | None) -> None:

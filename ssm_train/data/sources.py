@@ -88,13 +88,14 @@ def load_task_data(
     progress: Callable[[int], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
     once: Callable[[Work], None] = lambda work: work(),
+    ask_nodes: Callable[[Callable[[], Any]], list[Any]] = lambda question: [question()],
 ) -> TokenizedDataset:
     """The examples of `split`: train (too long ones dropped, see `dropped`), val or test.
 
     What is read from files is tokenized once and kept (see cache.py). `limit`: only the first so
     many records. `progress` gets the number of records done, `say` what a person should read.
-    `once` does work in one process while the others wait. Raises InputError; the place of bad
-    records is named.
+    `once` does work in one process while the others wait, `ask_nodes` gives the answers of one
+    process a node to all. Raises InputError; the place of bad records is named.
     """
     training = split == "train"
     max_length = settings.max_length
@@ -117,13 +118,16 @@ def load_task_data(
     def chunks() -> Iterator[Chunk]:
         return encode_records(encoder, source.open(), limit, workers, progress)
 
+    files, *elsewhere = ask_nodes(lambda: describe_files(source.files))
+    if any(others != files for others in elsewhere):
+        raise InputError(f"data: the files of {source.name} are others on another node; copy them")
     given = settings.cache_dir
     root = expand_home(given, "cache_dir") if given else default_cache_dir()
     cache = TokenCache(
         root / "tokens",
         split,
         {
-            "files": describe_files(source.files),
+            "files": files,
             "recipe": source.recipe,
             "task": repr(task),
             "tokenizer": describe_tokenizer(tokenizer),

@@ -32,6 +32,7 @@ def work(directory: Path) -> None:
             raise InputError("no space on the second node")
 
     distributed.work_once(make)
+    (directory / f"answers-{rank}").write_text(" ".join(distributed.ask_nodes(lambda: rank)))
     try:
         distributed.work_once(fail)
     except InputError as error:
@@ -54,3 +55,8 @@ def test_one_process_a_node_works_and_rank_0_first(directory: Path) -> None:
 def test_all_fail_where_one_fails(directory: Path) -> None:
     for rank in range(3):
         assert (directory / f"said-{rank}").read_text() == "no space on the second node"
+
+
+def test_one_process_a_node_answers_for_all(directory: Path) -> None:
+    for rank in range(3):
+        assert (directory / f"answers-{rank}").read_text() == "0 2"
