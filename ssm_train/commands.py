@@ -206,7 +206,7 @@ def what_the_job_asks_for(arguments: argparse.Namespace) -> dict[str, Any]:
         "time": ("limit of one start, HH:MM:SS", time_limit),
     }
     missing = [key for key in questions if getattr(arguments, key) is None]
-    if missing and not sys.stdin.isatty():
+    if missing and not (sys.stdin and sys.stdin.isatty()):  # None: it was closed
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in missing)
         raise InputError(f"give {flags}; what is missing is asked for on a terminal only")
     return {

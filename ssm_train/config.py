@@ -29,6 +29,7 @@ from ssm_train.overrides import (
     read_variables,
     set_at,
 )
+from ssm_train.secrets import refuse_secrets
 from ssm_train.settings import Settings
 from ssm_train.strict_yaml import Document, dump, read_document
 
@@ -140,6 +141,10 @@ def resolve_config(
     provenance: Provenance = {str(key): document.where((key,)) for key in values}
     cli_overrides, environment = cli_overrides or {}, environment or {}
 
+    variables = {name: text for name, _, text in read_variables(environment)}
+    refuse_secrets(document.source, document.values)  # first, as messages below show values
+    refuse_secrets("command line", cli_overrides)
+    refuse_secrets("environment", variables)
     for variable, key in DIRECTORIES.items():
         if (text := environment.get(variable)) and key not in values:
             values[key], provenance[key] = text, variable

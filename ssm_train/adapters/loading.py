@@ -50,9 +50,12 @@ def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
 
 def parse_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no mapping; give the file that save_pretrained wrote")
+    return values
 
 
 def looks_like_hub_id(name: str) -> bool:
@@ -97,6 +100,7 @@ def load_weights(model_class: Any, spec: ModelSpec) -> Any:
             model, report = model_class.from_pretrained(
                 spec.model,
                 revision=spec.revision,
+                trust_remote_code=False,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they come back in the report
@@ -201,7 +205,11 @@ def load_tokenizer(spec: ModelSpec, default: str | None = None) -> Any:
         )
     try:
         revision = spec.revision if source == spec.model else None
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(
+            source,
+            revision=revision or "main",
+            trust_remote_code=False,  # left open, transformers asks on the terminal
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"tokenizer: {source}: {' '.join(str(error).split())}") from error
     if tokenizer.eos_token_id is None:

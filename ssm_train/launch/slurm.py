@@ -46,7 +46,8 @@ def write_job(job: Job, out: Path) -> None:
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
-        out.chmod(0o755)
+        mode = out.stat().st_mode  # as the umask has it
+        out.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
     except FileExistsError:
         raise InputError(f"--out {out} exists already; remove it or give another name") from None
     except OSError as error:

@@ -24,9 +24,12 @@ from ssm_train.peft.cards import adapter_card, is_hub_id
 from ssm_train.peft.lora import CHANGES_BASE, lora_layers, quiet_peft
 from ssm_train.peft.registration import SSM_LORA
 from ssm_train.peft.tuner import OwnConfig, own_layers
+from ssm_train.strict_yaml import read_document
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+NAMES_CODE = ("auto_mapping", "megatron_config")
+"""Keys of an adapter_config.json for which PEFT imports a module that the file names."""
 
 
 def export_adapter(
@@ -108,9 +111,14 @@ def load_adapter(model: nn.Module, directory: str | Path, is_trainable: bool = F
 
 
 def _check_base(model: Any, directory: Path) -> None:
-    """Raises InputError where hub names or commits say that the model is another base. Local
-    directories say nothing: they are copied and renamed."""
-    written = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    """Raises InputError where hub names or commits say that the model is another base, or where the
+    file names code. Local directories say nothing: they are copied and renamed."""
+    written = read_document(directory / CONFIG).values
+    for key in NAMES_CODE:
+        if written.get(key) is not None:
+            raise InputError(
+                f"{directory / CONFIG}: {key} names code of its own, which is never run; remove it"
+            )
     config = getattr(model, "config", None)
     base, given = written.get("base_model_name_or_path"), getattr(config, "_name_or_path", None)
     hub_ids = [name for name in (base, given) if name and is_hub_id(name)]
