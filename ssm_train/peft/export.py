@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssm_train.adapters.base import Traits
 from ssm_train.adapters.common import matches
+from ssm_train.adapters.loading import MISREAD
 from ssm_train.adapters.slices import SlicedLinear
 from ssm_train.errors import InputError
 from ssm_train.peft.cards import adapter_card, is_hub_id
@@ -94,7 +95,7 @@ def load_adapter(model: nn.Module, directory: str | Path, is_trainable: bool = F
     try:
         with quiet_peft():
             loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
-    except (ValueError, RuntimeError) as error:  # other names, other shapes
+    except MISREAD as error:  # other names, other shapes, settings that are none
         reason = " ".join(str(error).split())[:400]
         raise InputError(f"{directory} does not fit this base model: {reason}") from error
     _store_saved_modules_in_fp32(loaded)
@@ -121,14 +122,14 @@ def _check_base(model: Any, directory: Path) -> None:
             )
     config = getattr(model, "config", None)
     base, given = written.get("base_model_name_or_path"), getattr(config, "_name_or_path", None)
-    hub_ids = [name for name in (base, given) if name and is_hub_id(name)]
+    hub_ids = [name for name in (base, given) if isinstance(name, str) and is_hub_id(name)]
     if len(set(hub_ids)) > 1:
         raise InputError(
             f"{directory} is an adapter for {base}, and this model is {given}; load it onto its "
             f"own base, or change base_model_name_or_path in its {CONFIG} if they are the same"
         )
     trained, loaded = written.get("revision"), getattr(config, "_commit_hash", None)
-    commits = [commit for commit in (trained, loaded) if re.fullmatch("[0-9a-f]{40}", commit or "")]
+    commits = [commit for commit in (trained, loaded) if re.fullmatch("[0-9a-f]{40}", str(commit))]
     if len(set(commits)) > 1:
         raise InputError(
             f"{directory} was trained on revision {trained} of {base}, and this model is revision "
