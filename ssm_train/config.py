@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from ssm_train.adapters.base import GLA_NAMES, ModelSettings
 from ssm_train.checkpoint import CheckpointSettings
 from ssm_train.data import DataSettings
-from ssm_train.errors import InputError, near
+from ssm_train.errors import InputError, near, whole_number
 from ssm_train.evaluate import EvalSettings
 from ssm_train.explain import Provenance, explain, find_place
 from ssm_train.loop import LoopSettings
@@ -353,4 +353,5 @@ def _number_epochs(epochs: Any) -> Any:
     """`{"3": 0.5}` means epoch 3, as JSON and the command line have no number keys; null: none."""
     if not isinstance(epochs, dict):
         return {} if epochs is None else epochs
-    return {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in epochs.items()}
+    numbers = {key: whole_number(key) for key in epochs if isinstance(key, str)}
+    return {k if (n := numbers.get(k)) is None else n: v for k, v in epochs.items()}

@@ -10,6 +10,13 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The command line prints the message and exits 2."""
 
 
+def whole_number(text: str) -> int | None:
+    """What at most 18 digits write; None for other text. (`isdigit` takes "²", which int refuses,
+    and int refuses 5,000 digits.)"""
+    plain = text.isascii() and text.isdigit() and len(text) <= 18
+    return int(text) if plain else None
+
+
 def unusable_path(error: OSError) -> InputError | None:
     """What a path that the system refuses means to the user; None where it is no such error."""
     if error.errno not in UNUSABLE_PATH or error.filename is None:

@@ -60,7 +60,7 @@ def _explain_one(
         known = list(schema.model_fields)
         hint = near(str(path[-1]), known) or f"; known: {', '.join(sorted(known))}"
         return f"{where}: unknown key {key!r}{hint}"
-    field = schema.model_fields[str(path[-1]) if nested else head]
+    field = schema.model_fields[str(path[1]) if nested else head]
     if kind == "missing":
         meaning = " ".join(str(field.description).split())
         return f"{where}: {key} is missing; it is required: {meaning}"

@@ -18,7 +18,7 @@ ENGINES = Path("accelerate_configs")
 ENVIRONMENT = Path("slurm/env.sh")
 SIGNAL_SECONDS = 180
 """Before the limit, for a step and a checkpoint; Slurm may send the signal a minute earlier."""
-TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+TIME = re.compile(r"(?:([0-9]{1,6})-)?([0-9]{1,6}):([0-5]\d):([0-5]\d)")
 WORD = re.compile(r"[\w.,:@%+=/\[\]-]+")
 
 

@@ -58,8 +58,9 @@ names = st.one_of(
     values.map(str),
 )
 manifests = st.builds(
-    lambda changes, files, sign: {**MANIFEST_OF_IT, **changes, "files": files if files is not None else
-                                  MANIFEST_OF_IT["files"], "sign": sign},
+    lambda changes, files, sign: {
+        **MANIFEST_OF_IT, "files": files or MANIFEST_OF_IT["files"], **changes, "sign": sign
+    },
     st.dictionaries(misspelt([*MANIFEST_OF_IT]), values, max_size=2),
     st.one_of(st.none(), st.dictionaries(names, file_entries, max_size=3), values),
     st.booleans(),

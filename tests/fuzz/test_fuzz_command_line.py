@@ -14,8 +14,13 @@ from test_fuzz_configs import DIRECTORY, WORKS, prepare
 
 from ssm_train.cli import build_parser, main
 from ssm_train.commands import BAD_INPUT, overrides_of
-from ssm_train.config import RunConfig, describe_overrides, dump_yaml, load_config
-from ssm_train.config import read_peft_overrides
+from ssm_train.config import (
+    RunConfig,
+    describe_overrides,
+    dump_yaml,
+    load_config,
+    read_peft_overrides,
+)
 from ssm_train.launch.plan import plan_suite
 from ssm_train.overrides import DIRECTORIES, ENVIRONMENT, NO_LONGER_READ, unread_variables
 from ssm_train.peft.spec import load_peft
@@ -85,7 +90,7 @@ OPTIONS = ["--cfg", "--out", "--split", "--data", "--checkpoint", "--device", "-
     st.lists(st.one_of(st.sampled_from(OPTIONS), setting_texts), max_size=5),
 )
 def test_other_commands_refuse(command: str, words: list[str]) -> None:
-    """What names no run and no config ends with exit code 2, or prints the help that it asks for."""
+    """What names no run and no config ends with exit code 2."""
     known = {".", "..", "/", "~"}  # these exist
     if known & set(words) or command == "warmup" or "-h" in words:
         return

@@ -33,7 +33,7 @@ TASK_VALUES = st.one_of(
     values,
     st.sampled_from(["classification", "generation", "chat", "text", "spider", "plain", "{answer}",
                      "answer", "{{ messages }}", "{% raw", {"1": "a", "0": "b"}, ["{question}"],
-                     {1: "a", True: "b"}, ["bleu"], ["accuracy", "x"], {"messages": 1}]),
+                     {1: "a", False: "b"}, ["bleu"], ["accuracy", "x"], {"messages": 1}]),
 )  # fmt: skip
 tasks = st.dictionaries(misspelt(TASK_KEYS), TASK_VALUES, max_size=4).map(
     lambda changes: {"task": {**WORKS["task"], **changes}}
@@ -85,9 +85,38 @@ def test_json_config(content: bytes) -> None:
     use(content, "run.json")
 
 
-YAML_PIECES = ["a", "data", ": ", ":", "\n", "  ", "- ", "[", "]", "{", "}", ",", "&x ", "*x", "!!python/object/apply:os.system ",
-               "!!binary ", "!!timestamp ", "!!set ", "!t ", "|\n", ">-\n", "'", '"', "#", "%YAML 1.1\n", "---\n", "...\n", "<<", "? ",
-               "~", "1e3", ".nan", "0x1f", "1_0", "\t", "\\x", "\x85", "\ufeff", "@", "`"]  # fmt: skip
+YAML_PIECES = [
+    *(
+        "a",
+        "data",
+        ": ",
+        ":",
+        "\n",
+        "  ",
+        "- ",
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        "&x ",
+        "*x",
+        "'",
+        '"',
+        "#",
+    ),
+    *(
+        "!!python/object/apply:os.system ",
+        "!!binary ",
+        "!!timestamp ",
+        "!!set ",
+        "!t ",
+        "|\n",
+        ">-\n",
+    ),
+    *("%YAML 1.1\n", "---\n", "...\n", "<<", "? ", "~", "1e3", ".nan", "0x1f", "1_0", "9" * 5_000),
+    *("\t", "\\x", "\x85", "\ufeff", "@", "`"),
+]
 
 
 @examples(300)

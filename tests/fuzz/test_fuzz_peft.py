@@ -19,7 +19,8 @@ PATH = Path(tempfile.mkdtemp(prefix="ssm_train_fuzz_")) / "peft.json"
 NEW_MODEL = {"model_type": "mamba", "vocab_size": 16, "hidden_size": 8, "state_size": 2,
              "num_hidden_layers": 1}  # fmt: skip
 MODULES = ["in_proj", "out_proj", "x_proj", "dt_proj", "conv1d", "A_log", "D", "x_proj_B",
-           "x_proj_C", "all-linear", "lm_head", "embeddings", "norm_f", "mixer", ".*", "[", "(a+)+$"]  # fmt: skip
+           "x_proj_C", "all-linear", "lm_head", "embeddings", "norm_f", "mixer", ".*",
+           "[", "(a+)+$"]  # fmt: skip
 names = st.one_of(st.sampled_from(MODULES), texts)
 targets = st.one_of(st.lists(names, max_size=3), names, values)
 

@@ -60,7 +60,7 @@ TASKS: list[Any] = [
     {"type": "generation", "prompt": "{question} =>", "label": "{answer}"},
     {"type": "generation", "prompt": ["{question}", " => {text}"], "label": "{answer}"},
     {"type": "classification", "prompt": "{question}", "label_field": "label",
-     "labels": {"a": "a", 1: "b", True: "c"}},
+     "labels": {"a": "a", 1: "b", False: "c"}},
     {"type": "chat", "template": "plain"},
     {"type": "chat", "template": "{{ messages[0]['content'] }}{{ raise_exception('no') }}"},
     {"type": "chat", "template": "{{ messages[0].nothing.more }}"},
