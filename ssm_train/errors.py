@@ -31,7 +31,8 @@ def printable(line: str) -> str:
     """A line of a message for the terminal: what a user's file brings into it can neither fill the
     screen nor steer it."""
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    return safe if len(safe) <= LONGEST_LINE else f"{safe[:LONGEST_LINE]}..."
+    half = LONGEST_LINE // 2
+    return safe if len(safe) <= LONGEST_LINE else f"{safe[:half]} ... {safe[-half:]}"
 
 
 def near(name: str, known: Iterable[object]) -> str:

@@ -56,6 +56,10 @@ def examples(count: int) -> Callable[[Any], Any]:
     return settings(max_examples=count * FACTOR)
 
 
+def as_plain(default: Any) -> Any:
+    return default.model_dump() if hasattr(default, "model_dump") else default
+
+
 def misspelt(words: list[str]) -> st.SearchStrategy[str]:
     """One of the words, or nearly."""
     right = st.sampled_from(words)
@@ -70,7 +74,7 @@ def plausible(schema: Any = RunConfig) -> st.SearchStrategy[dict[str, Any]]:
         fitting = [values]
         if not field.is_required():
             default = field.get_default(call_default_factory=True)
-            fitting.append(st.just(default.given() if key == "peft_overrides" else default))
+            fitting.append(st.just({} if key == "peft_overrides" else as_plain(default)))
         if words:
             fitting.append(st.sampled_from(words))
         if "int" in str(field.annotation) or "float" in str(field.annotation):
