@@ -346,6 +346,10 @@ def _lay_over(
         set_at(values, key, from_text(text, _field(key)))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    if lost := next((known for known in provenance if known.startswith(f"{key}.")), None):
+        raise InputError(
+            f"{where}: {key} would undo {lost} ({provenance[lost]}); leave one of them out"
+        )
     provenance[key] = where
 
 

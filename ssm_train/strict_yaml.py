@@ -70,6 +70,13 @@ class Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.Node:
+        """Line breaks other than \\n are read back from double quotes alone."""
+        style = '"' if re.search("[\r\x85\u2028\u2029]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+Dumper.add_representer(str, Dumper.represent_text)
 
 for _tag, _pattern, _first in CORE_SCHEMA:
     for _class in (Loader, Dumper):

@@ -18,6 +18,7 @@ from ssm_train.adapters.registry import resolve
 from ssm_train.checkpoint import MANIFEST, digest, own_digest
 from ssm_train.cli import main
 from ssm_train.commands import BAD_INPUT
+from ssm_train.data.records import read_records
 from ssm_train.data.tasks import build_task
 from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.errors import InputError, printable
@@ -28,7 +29,7 @@ from ssm_train.metrics import read_metrics
 from ssm_train.peft.export import export_adapter, load_adapter
 from ssm_train.peft.spec import load_peft
 from ssm_train.resume import find_resume_point
-from ssm_train.strict_yaml import parse_yaml
+from ssm_train.strict_yaml import dump, parse_yaml
 
 # ---------------------------------------------------------------- configs and command lines
 
@@ -87,6 +88,20 @@ def test_numbers_that_int_refuses_or_reads_otherwise(number: str) -> None:
         find_checkpoint(Path("nowhere"), number)
 
 
+def test_a_key_that_undoes_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, "tiny", "mamba")
+    assert main(["train", "--cfg", str(config), "peft.r=4", "peft="]) == BAD_INPUT
+    assert "peft would undo peft.r (command line)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["\x85", "a\x85b", "a\u2028b", "a\u2029", "a\rb", "a\r\nb\n", "\ufeff"]
+)
+def test_line_breaks_that_only_some_know_are_kept(text: str) -> None:
+    values = {"a": text, "b": {text: 1}, "c": [text]}
+    assert parse_yaml(dump(values), "x").values == values
+
+
 def test_two_billion_jobs_are_refused_at_once() -> None:
     with pytest.raises(InputError, match="from 0 to 64"):
         parse_plan("2147483648", ("0",))
@@ -121,6 +136,11 @@ def test_a_chat_template_that_fails(task: dict[str, Any]) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(InputError, match="the chat template refuses the messages"):
         build_task({"type": "chat", **task}).render({"messages": turns}, training=True)
+
+
+def test_a_table_that_begins_with_an_empty_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\n\nx,y\n1,2\n")
+    assert list(read_records(tmp_path / "a.csv").rows) == [(4, {"x": "1", "y": "2"})]
 
 
 def test_metrics_that_end_in_something_else(tmp_path: Path) -> None:

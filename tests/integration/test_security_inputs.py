@@ -96,9 +96,10 @@ def config_for(base: Path, directory: Path, **changes: Any) -> Path:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("answer", ["y\n", ""])
 def test_code_of_a_checkpoint_never_runs(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, apart: bool
 ) -> None:
     """Not even where the person at the terminal would say yes: nobody is asked."""
     import io
@@ -112,7 +113,12 @@ def test_code_of_a_checkpoint_never_runs(
         auto_map={"AutoTokenizer": ["remote.Tokenizer", "remote.Tokenizer"]},
         tokenizer_class="Tokenizer",
     )
-    main(["train", "--cfg", str(config_for(base, tmp_path))])
+    words = []
+    if apart:  # a tokenizer's directory of its own, of no known family
+        shutil.copytree(base, tmp_path / "words")
+        (tmp_path / "words" / "config.json").unlink()
+        words = [f"tokenizer={tmp_path / 'words'}"]
+    main(["train", "--cfg", str(config_for(base, tmp_path)), *words])
     assert not (tmp_path / "executed").exists()
 
 
