@@ -117,6 +117,7 @@ def load_weights(model_class: Any, spec: ModelSpec) -> Any:
     """
     assert spec.model is not None
     refuse_kernels_of_the_hub(read_config(spec.model, spec.revision), spec.model)
+    where = {"device_map": "meta"} if spec.place == "meta" else {}
     with spec.init_context(), no_progress_bars(spec.model):
         try:
             model, report = model_class.from_pretrained(
@@ -126,6 +127,7 @@ def load_weights(model_class: Any, spec: ModelSpec) -> Any:
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they come back in the report
+                **where,
             )
         except MISREAD as error:
             reason = " ".join(str(error).split())[:400]

@@ -61,7 +61,7 @@ def build_engine(accelerator: Any, numbers: Numbers) -> Engine:
     if asked.kind == "replicated":
         from ssm_train.engines.replicated import Replicated
 
-        return Replicated(accelerator)
+        return Replicated(accelerator, numbers.trains_all)
     name = "ZeRO" if asked.kind == "zero" else "FSDP2"
     if numbers.prec == "fp16":
         raise InputError(
@@ -75,7 +75,7 @@ def build_engine(accelerator: Any, numbers: Numbers) -> Engine:
     from ssm_train.engines.zero import Zero
 
     assert asked.ds_config is not None
-    return Zero(accelerator.device, read_config(asked.ds_config, numbers))
+    return Zero(accelerator.device, read_config(asked.ds_config, numbers), numbers.prec)
 
 
 def check_launch(said: Statement, asked: Asked, prec: str) -> None:

@@ -27,9 +27,9 @@ NEVER = {
 
 
 def dotted(node: ast.expr) -> str:
-    """`a.b.c` of a name or an attribute; of another expression, what is after it."""
+    """`a.b.c` of a name or an attribute; of another expression, `.attribute`."""
     if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value)}.{node.attr}".lstrip(".")
+        return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
 
 
@@ -99,6 +99,7 @@ torch.load(x, weights_only=True)
 np.load(x, allow_pickle=False)
 subprocess.run(["ls", x])
 model.eval()
+load(x).eval()
 re.compile(x)
 """
     assert not list(offences(ast.parse(allowed)))
