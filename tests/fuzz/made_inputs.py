@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hypothesis import settings
@@ -49,6 +53,13 @@ values = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)),
     max_leaves=6,
 )
+
+
+def temporary_directory() -> Path:
+    """A directory for as long as this process lives: property tests share their fixtures' files."""
+    directory = Path(tempfile.mkdtemp(prefix="ssm_train_fuzz_"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 def examples(count: int) -> Callable[[Any], Any]:

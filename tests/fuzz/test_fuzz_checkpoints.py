@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_inputs import attempt, damaged, examples, misspelt, values
+from made_inputs import attempt, damaged, examples, misspelt, temporary_directory, values
 
 from ssm_train import checkpoint, snapshot
 from ssm_train.checkpoint import (
@@ -26,7 +25,7 @@ from ssm_train.checkpoint import (
 from ssm_train.finished import find_checkpoint
 from ssm_train.resume import find_resume_point
 
-ROOT = Path(tempfile.mkdtemp(prefix="ssm_train_fuzz_"))
+ROOT = temporary_directory()
 RUN, WHOLE = ROOT / "run", ROOT / "whole"
 STATE = {
     "train": {"step": 7, "tokens": 10},

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from made_inputs import as_json, attempt, damaged, examples, misspelt, plausible, values
+from made_inputs import (
+    as_json,
+    attempt,
+    damaged,
+    examples,
+    misspelt,
+    plausible,
+    temporary_directory,
+    values,
+)
 
 from ssm_train.assemble import choose_main_metric, find_splits
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, load_config, run_directory
 from ssm_train.data.sources import check_data
 from ssm_train.peft.spec import load_peft
 
-DIRECTORY = Path(tempfile.mkdtemp(prefix="ssm_train_fuzz_"))
+DIRECTORY = temporary_directory()
 DATA = DIRECTORY / "train.jsonl"
 DATA.write_text('{"question": "a", "answer": "b"}\n' * 4)
 WORKS: dict[str, Any] = {

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from made_inputs import as_json, attempt, damaged, examples, misspelt, values
+from made_inputs import as_json, attempt, damaged, examples, misspelt, temporary_directory, values
 
 from ssm_train.adapters.base import ModelSpec, Prepared
 from ssm_train.adapters.loading import save_model
@@ -20,7 +18,7 @@ from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.peft.export import export_adapter, load_adapter
 from ssm_train.peft.spec import load_peft
 
-ROOT = Path(tempfile.mkdtemp(prefix="ssm_train_fuzz_"))
+ROOT = temporary_directory()
 WHOLE, MODEL, MARK = ROOT / "whole", ROOT / "model", ROOT / "executed"
 NEW_MODEL = {"model_type": "mamba", "vocab_size": 16, "hidden_size": 8, "state_size": 2,
              "num_hidden_layers": 1}  # fmt: skip

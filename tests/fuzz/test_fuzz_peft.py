@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from made_inputs import as_json, attempt, damaged, examples, misspelt, plausible, texts, values
+from made_inputs import (
+    as_json,
+    attempt,
+    damaged,
+    examples,
+    misspelt,
+    plausible,
+    temporary_directory,
+    texts,
+    values,
+)
 
 from ssm_train.adapters.base import ModelSpec, Prepared
 from ssm_train.adapters.registry import resolve
 from ssm_train.peft.spec import METHODS, load_peft
 
-PATH = Path(tempfile.mkdtemp(prefix="ssm_train_fuzz_")) / "peft.json"
+PATH = temporary_directory() / "peft.json"
 NEW_MODEL = {"model_type": "mamba", "vocab_size": 16, "hidden_size": 8, "state_size": 2,
              "num_hidden_layers": 1}  # fmt: skip
 MODULES = ["in_proj", "out_proj", "x_proj", "dt_proj", "conv1d", "A_log", "D", "x_proj_B",

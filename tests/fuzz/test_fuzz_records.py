@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import csv
 import io
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from made_inputs import as_json, attempt, damaged, examples, misspelt, scalars, texts, values
+from made_inputs import (
+    as_json,
+    attempt,
+    damaged,
+    examples,
+    misspelt,
+    scalars,
+    temporary_directory,
+    texts,
+    values,
+)
 
 from ssm_train.data import DataSettings
 from ssm_train.data.sources import check_data, load_task_data, training_texts
 from ssm_train.data.vocabulary import build_tokenizer
 
-DIRECTORY = Path(tempfile.mkdtemp(prefix="ssm_train_fuzz_"))
+DIRECTORY = temporary_directory()
 TOKENIZER = build_tokenizer(["a b c d => user assistant system"], {"type": "word"})
 FIELDS = ["question", "answer", "label", "text", "messages", "prompt", "completion", "instruction",
           "input", "output", "conversations", "sentence"]  # fmt: skip
