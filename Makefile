@@ -4,6 +4,7 @@
 # make test-slurm     jobs on a real Slurm, started for the tests where it is installed
 # make test-all       what is no part of make test, and needs no GPU
 # make test-gpu       the tests that need a GPU, on a machine with one
+# make fuzz           some 20,000 made-up inputs, others each time; `make test` tries 4,000
 # make matrix         write docs/support_matrix.md, or MATRIX_OUT, from its tests
 #
 # All make .venv once and reuse it. Variables:
@@ -22,10 +23,10 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: quickstart test test-unit test-parallel test-slurm test-all test-gpu test-oldest-peft matrix \
-    lint clean help
+    fuzz lint clean help
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -12
+	@sed -n 's/^# \?//p' Makefile | head -13
 
 quickstart: .venv/installed
 	@$(RUN) train.py --cfg cfg/quickstart/gla_lora.yaml --overwrite
@@ -62,6 +63,9 @@ test-oldest-peft: .venv/installed-dev
 
 matrix: .venv/installed-dev
 	@MATRIX_OUT=$(MATRIX_OUT) OMP_NUM_THREADS=1 $(RUN) -m pytest tests/integration/test_peft_matrix.py
+
+fuzz: .venv/installed-dev
+	@SSM_TRAIN_FUZZ=6 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/fuzz
 
 lint: .venv/installed-dev
 	@echo "== ruff and mypy"
@@ -100,4 +104,4 @@ lint: .venv/installed-dev
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

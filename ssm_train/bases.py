@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ssm_train import distributed
 from ssm_train.checkpoint import digest
@@ -20,6 +20,7 @@ from ssm_train.explain import Provenance
 from ssm_train.lock import InUse, own
 from ssm_train.overrides import DIRECTORIES
 from ssm_train.record import MARKER
+from ssm_train.strict_yaml import read_document
 
 RECORD = "base.json"  # of a run directory: the base's directory and the hashes of its weights
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -119,8 +120,16 @@ def recorded_base(run_dir: Path) -> str | None:
     path = run_dir / RECORD
     if not path.is_file():
         return None
-    directory = json.loads(path.read_text(encoding="utf-8"))["directory"]
+    directory = read_record(path)["directory"]
     return directory if Path(directory).is_dir() else None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Raises InputError for a file that `record_base` did not write."""
+    values = read_document(path).values
+    if not (isinstance(values.get("directory"), str) and isinstance(values.get("sha256"), dict)):
+        raise InputError(f"{path} does not say which base the run stands on; put it back")
+    return values
 
 
 def check_base(run_dir: Path, base: str) -> None:
@@ -128,7 +137,7 @@ def check_base(run_dir: Path, base: str) -> None:
     path = run_dir / RECORD
     if not path.is_file():
         return
-    expected = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+    expected = read_record(path)["sha256"]
     found = hash_weights(Path(base).expanduser())
     if found == expected:
         return

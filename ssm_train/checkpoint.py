@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -175,7 +176,8 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    if path.is_dir():
+    """A file, a directory with what is in it, or a symbolic link and nothing behind it."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()
@@ -203,7 +205,8 @@ def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     found = [
         (int(match[1]), path)
         for path in directory.iterdir()
-        if (match := re.fullmatch(r"step-(\d{8,})(\.old)?", path.name)) and path.is_dir()
+        if (match := re.fullmatch(r"step-(\d{8,18})(\.old)?", path.name, re.ASCII))
+        and path.is_dir()
     ]
     return sorted(found, key=lambda item: (-item[0], item[1].name))
 
@@ -225,10 +228,12 @@ def find_damage(path: Path, *, hashes: bool = True) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
         return f"{MANIFEST} is missing"
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"{MANIFEST} is not JSON"
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != own_digest(manifest):
         return f"{MANIFEST} does not match its own digest"
+    if not describes_files(manifest):
+        return f"{MANIFEST} does not describe the files of a checkpoint"
     if path.name.removesuffix(".old") != f"step-{manifest['step']:08d}":
         return f"{MANIFEST} is of step {manifest['step']}"
     for name, expected in manifest["files"].items():
@@ -242,6 +247,19 @@ def find_damage(path: Path, *, hashes: bool = True) -> str | None:
     return None
 
 
+def describes_files(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest says what it should, of files in its own directory alone."""
+    files = manifest.get("files")
+    return (
+        all(isinstance(manifest.get(key), int) for key in ("step", "world_size"))
+        and isinstance(files, dict)
+        and all(
+            Path(name).name == name and isinstance(entry, dict) and {"size", "sha256"} <= set(entry)
+            for name, entry in files.items()
+        )
+    )
+
+
 def load_checkpoint(path: Path, *, rank: int = 0, verify: bool = True) -> Checkpoint:
     """Reads a checkpoint; InputError when it is damaged.
 
@@ -250,6 +268,15 @@ def load_checkpoint(path: Path, *, rank: int = 0, verify: bool = True) -> Checkp
     path = Path(path)
     if verify and (damage := find_damage(path)):
         raise InputError(f"checkpoint {path}: {damage}; resume from another one")
+    try:
+        return read_checkpoint(path, rank)
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        raise InputError(
+            f"checkpoint {path}: it cannot be read ({error}); resume from another one"
+        ) from None
+
+
+def read_checkpoint(path: Path, rank: int) -> Checkpoint:
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     names = manifest["files"]
     return Checkpoint(
@@ -288,11 +315,13 @@ def write_pointer(run_dir: Path, name: Literal["best", "last"], step: int) -> No
 
 
 def read_pointer(run_dir: Path, name: Literal["best", "last"]) -> int | None:
-    """The step that `checkpoints/best` or `checkpoints/last` names."""
+    """The step that `checkpoints/best` or `checkpoints/last` names; None where it names none."""
     path = Path(run_dir) / "checkpoints" / name
     if not path.is_file():
         return None
-    return int(path.read_text(encoding="utf-8").strip().removeprefix("step-"))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    match = re.fullmatch(r"step-(\d{8,18})\s*", text, re.ASCII)
+    return int(match[1]) if match else None  # as of a file that is not there
 
 
 def prune(run_dir: Path, keep: int, protect: Collection[int] = ()) -> list[Path]:

@@ -12,7 +12,8 @@ from typing import NoReturn
 
 from ssm_train import commands
 from ssm_train.commands import BAD_INPUT, INTERRUPTED
-from ssm_train.errors import InputError
+from ssm_train.errors import InputError, printable, unusable_path
+from ssm_train.secrets import redact
 
 EPILOG = """exit codes:
   0 done   1 failed   2 bad input   75 saved and wants to be started again   130 interrupted
@@ -21,26 +22,39 @@ EPILOG = """exit codes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Only our own errors keep a traceback."""
-    # Read when torch is loaded: threads that wait without spinning, so that busy cores stay usable.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        arguments, rest = build_parser().parse_known_args(argv)
-        overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-        if unknown := [word for word in rest if word not in overrides]:
-            raise InputError(f"unknown argument {unknown[0]!r}; see `ssm-train --help`")
-        if overrides and arguments.command != "train":
-            raise InputError(f"{overrides[0]!r}: only `ssm-train train` takes key=value")
-        arguments.rest = overrides
-        return arguments.run(arguments)
+        return run(argv)
+    except OSError as error:
+        if (refusal := unusable_path(error)) is None:
+            raise
+        return refuse(refusal)
     except InputError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        who = f"error (rank {rank})" if rank else "error"
-        for line in str(error).splitlines():
-            print(f"{who}: {line}", file=sys.stderr)
-        return BAD_INPUT
+        return refuse(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def run(argv: Sequence[str] | None) -> int:
+    # Read when torch is loaded: threads that wait without spinning, so that busy cores stay usable.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.umask(os.umask(0) | 0o002)  # nothing that a run writes may be changed by everybody
+    arguments, rest = build_parser().parse_known_args(argv)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if unknown := [word for word in rest if word not in overrides]:
+        raise InputError(f"unknown argument {unknown[0]!r}; see `ssm-train --help`")
+    if overrides and arguments.command != "train":
+        raise InputError(f"{overrides[0]!r}: only `ssm-train train` takes key=value")
+    arguments.rest = overrides
+    return arguments.run(arguments)
+
+
+def refuse(error: InputError) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    who = f"error (rank {rank})" if rank else "error"
+    for line in str(error).split("\n"):
+        print(f"{who}: {printable(redact(line))}", file=sys.stderr)
+    return BAD_INPUT
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssm_train.errors import InputError
+from ssm_train.errors import InputError, whole_number
 
 DONE, FAILED, BAD_INPUT, REQUEUE, INTERRUPTED = 0, 1, 2, 75, 130
 EXIT_CODES = {"finished": DONE, "low_metric": DONE, "stopped": REQUEUE, "bad_loss": FAILED}
@@ -206,7 +206,7 @@ def what_the_job_asks_for(arguments: argparse.Namespace) -> dict[str, Any]:
         "time": ("limit of one start, HH:MM:SS", time_limit),
     }
     missing = [key for key in questions if getattr(arguments, key) is None]
-    if missing and not sys.stdin.isatty():
+    if missing and not (sys.stdin and sys.stdin.isatty()):  # None: it was closed
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in missing)
         raise InputError(f"give {flags}; what is missing is asked for on a terminal only")
     return {
@@ -251,9 +251,10 @@ def prompts_in(file: Path) -> list[str]:
 
 
 def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    number = whole_number(text)
+    if number is None or number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    return number
 
 
 def time_limit(text: str) -> str:

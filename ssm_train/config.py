@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from ssm_train.adapters.base import GLA_NAMES, ModelSettings
 from ssm_train.checkpoint import CheckpointSettings
 from ssm_train.data import DataSettings
-from ssm_train.errors import InputError, near
+from ssm_train.errors import InputError, near, whole_number
 from ssm_train.evaluate import EvalSettings
 from ssm_train.explain import Provenance, explain, find_place
 from ssm_train.loop import LoopSettings
@@ -29,6 +29,7 @@ from ssm_train.overrides import (
     read_variables,
     set_at,
 )
+from ssm_train.secrets import refuse_secrets
 from ssm_train.settings import Settings
 from ssm_train.strict_yaml import Document, dump, read_document
 
@@ -140,6 +141,10 @@ def resolve_config(
     provenance: Provenance = {str(key): document.where((key,)) for key in values}
     cli_overrides, environment = cli_overrides or {}, environment or {}
 
+    variables = {name: text for name, _, text in read_variables(environment)}
+    refuse_secrets(document.source, document.values)  # first, as messages below show values
+    refuse_secrets("command line", cli_overrides)
+    refuse_secrets("environment", variables)
     for variable, key in DIRECTORIES.items():
         if (text := environment.get(variable)) and key not in values:
             values[key], provenance[key] = text, variable
@@ -341,6 +346,10 @@ def _lay_over(
         set_at(values, key, from_text(text, _field(key)))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    if lost := next((known for known in provenance if known.startswith(f"{key}.")), None):
+        raise InputError(
+            f"{where}: {key} would undo {lost} ({provenance[lost]}); leave one of them out"
+        )
     provenance[key] = where
 
 
@@ -348,4 +357,5 @@ def _number_epochs(epochs: Any) -> Any:
     """`{"3": 0.5}` means epoch 3, as JSON and the command line have no number keys; null: none."""
     if not isinstance(epochs, dict):
         return {} if epochs is None else epochs
-    return {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in epochs.items()}
+    numbers = {key: whole_number(key) for key in epochs if isinstance(key, str)}
+    return {k if (n := numbers.get(k)) is None else n: v for k, v in epochs.items()}

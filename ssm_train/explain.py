@@ -56,11 +56,11 @@ def _explain_one(
     where = find_place(key if nested else head, provenance, document.source)
     if where == document.where((path[0],)):
         where = document.where(path[:2])
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):  # the second: of a key that is no text
         known = list(schema.model_fields)
         hint = near(str(path[-1]), known) or f"; known: {', '.join(sorted(known))}"
         return f"{where}: unknown key {key!r}{hint}"
-    field = schema.model_fields[str(path[-1]) if nested else head]
+    field = schema.model_fields[str(path[1]) if nested else head]
     if kind == "missing":
         meaning = " ".join(str(field.description).split())
         return f"{where}: {key} is missing; it is required: {meaning}"

@@ -14,7 +14,7 @@ from ssm_train.assemble import base_id, build_evaluation, load_examples, prepare
 from ssm_train.bases import check_base, recorded_base
 from ssm_train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, read_pointer
 from ssm_train.config import RunConfig, load_config
-from ssm_train.errors import InputError
+from ssm_train.errors import InputError, whole_number
 from ssm_train.generate import generate_text
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import load_peft
@@ -90,11 +90,11 @@ def exported_weights(run_dir: Path, kind: str) -> Path:
 def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
     """The directory of "last" or of a step. Raises InputError naming those that exist."""
     steps = [step for step, _ in list_checkpoints(run_dir)]
-    step = read_pointer(run_dir, "last") if checkpoint == "last" else checkpoint
-    if not str(step).isdigit() or int(str(step)) not in steps:
+    step = read_pointer(run_dir, "last") if checkpoint == "last" else whole_number(checkpoint)
+    if step not in steps:
         have = ", ".join(map(str, sorted(steps))) or "none"
         raise InputError(f"--checkpoint {checkpoint}: {run_dir} has checkpoints of steps: {have}")
-    return checkpoint_path(run_dir, int(str(step)))
+    return checkpoint_path(run_dir, step)
 
 
 def evaluate_run(

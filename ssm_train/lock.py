@@ -5,6 +5,7 @@ The kernel ends the lock with its process, however that ended: a dead owner's di
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -66,7 +67,7 @@ def take(path: Path, run_dir: Path) -> IO[str]:
     """The file, locked. Raises as `own` does."""
     here = socket.gethostname()
     for _ in range(ATTEMPTS):
-        file = path.open("a+", encoding="utf-8")
+        file = os.fdopen(open_no_link(path), "a+", encoding="utf-8")
         try:
             locked = lock(file, path)
             host, pid = read_owner(file, path)
@@ -84,6 +85,16 @@ def take(path: Path, run_dir: Path) -> IO[str]:
         time.sleep(SECONDS_BETWEEN)
     owner = f"process {pid}" if pid else "another process"
     raise InUse(f"lock: {owner} owns {run_dir}; wait for it, or choose another name")
+
+
+def open_no_link(path: Path) -> int:
+    """Opens the lock itself: behind a link, where others may write too, may be any file of ours."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(f"lock: {path} is a symbolic link; remove it") from None
 
 
 def lock(file: IO[str], path: Path) -> bool:

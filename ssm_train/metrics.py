@@ -113,23 +113,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     line that is not a row raises InputError."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; give the directory of a run")
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     lines = text.split("\n")
     torn = lines.pop()  # "" after a complete line
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not a metrics row: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: not a metrics row: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise InputError(f"{path}:{number}: not a metrics row: no step")
         rows.append(row)
     if torn:
         try:
-            rows.append(json.loads(torn))
-        except json.JSONDecodeError:
+            row = json.loads(torn)
+        except ValueError:
             return rows
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ssm_train.errors import InputError
+from ssm_train.overrides import ENVIRONMENT
+from ssm_train.secrets import redact, redact_command
 from ssm_train.strict_yaml import read_document
 
 MARKER = "cfg.yaml"
@@ -30,7 +32,8 @@ PACKAGES = [
     "safetensors", "tokenizers", "numpy", "flash-linear-attention", "mamba-ssm", "causal-conv1d",
     "deepspeed", "liger-kernel",
 ]  # fmt: skip
-# Environment variables that change a run. Nothing else of the environment is ever written down.
+# Environment variables that change a run, besides those that stand for a key of the config.
+# Nothing else of the environment is ever written down.
 RECORDED_VARIABLES = [
     "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU",
     "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
@@ -48,6 +51,12 @@ def check_run_directory(run_dir: Path, *, overwrite: bool, resume: bool) -> None
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"run directory {run_dir} is a file; move it or set output_root")
     marked = (run_dir / MARKER).exists()
+    for name in (MARKER, "checkpoints", WARMUP):
+        if (run_dir / name).is_symlink():
+            raise InputError(
+                f"{run_dir / name} is a symbolic link: what is behind it would be written and "
+                "removed; put the files there, or link output_root itself"
+            )
     if resume and marked and "name" not in read_document(run_dir / MARKER).values:
         raise InputError(
             f"--resume: {run_dir} holds a run of another program ({MARKER} has no name), whose "
@@ -105,7 +114,7 @@ def record_peft(run_dir: Path, settings: Mapping[str, Any]) -> None:
 def recorded_peft(run_dir: Path) -> dict[str, Any] | None:
     """The PEFT settings that a run was trained with; None where none were written down."""
     path = run_dir / PEFT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_document(path).values if path.is_file() else None
 
 
 def check_peft(run_dir: Path, settings: Mapping[str, Any]) -> None:
@@ -151,7 +160,6 @@ def describe_environment() -> dict[str, Any]:
             return None
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    recorded = {k for k in os.environ if k in RECORDED_VARIABLES or k.startswith("HP_")}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -161,8 +169,11 @@ def describe_environment() -> dict[str, Any]:
         "driver": read_driver(Path("/proc/driver/nvidia/version")),
         "packages": {package: version(package) for package in PACKAGES},
         "git": describe_source(),
-        "command": sys.argv,
-        "environment": {k: os.environ[k] for k in sorted(recorded)},
+        "command": redact_command(sys.argv),
+        "environment": {
+            name: redact(os.environ[name])
+            for name in sorted({*RECORDED_VARIABLES, *ENVIRONMENT} & set(os.environ))
+        },
     }
 
 

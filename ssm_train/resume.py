@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from ssm_train import checkpoint, distributed, snapshot
 from ssm_train.adapters.base import PeftMethod
 from ssm_train.engines.base import Engine
+from ssm_train.errors import InputError
 from ssm_train.loop import TrainState
 
 
@@ -91,4 +95,27 @@ def find_resume_point(run_dir: Path) -> tuple[checkpoint.Checkpoint | None, list
     if path is None:
         return None, [*notes, "no checkpoint yet: starting from step 0"]
     found = checkpoint.load_checkpoint(path, rank=distributed.rank(), verify=False)
+    check_state(found.state, path)
     return found, [*notes, f"resuming from {path.name}"]
+
+
+class SavedState(BaseModel):
+    """What `RunCheckpoints.save` writes beside the tensors."""
+
+    train: TrainState
+    stage: Literal["warmup", "train"] = "train"
+    global_batch: int = Field(ge=1)
+    scaler: dict[str, Any] | None
+
+
+def check_state(state: Mapping[str, Any], path: Path) -> None:
+    """Raises InputError for a state that no run wrote."""
+    try:
+        SavedState.model_validate(state)
+        TrainState(**state["train"])  # no more and no fewer keys
+    except (ValidationError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"checkpoint {path}: its {checkpoint.STATE} is not what a run wrote ({reason}); resume "
+            "from another one"
+        ) from None

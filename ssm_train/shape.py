@@ -35,6 +35,8 @@ def checkpoint_shape(cfg: RunConfig) -> Mapping[str, Any]:
         config = map_config(values)
     else:  # fla puts a Mamba of its own under transformers' name
         config_class = getattr(adapter, "config_class", AutoConfig)
-        config = config_class.from_pretrained(cfg.model, revision=cfg.revision)
+        config = config_class.from_pretrained(
+            cfg.model, revision=cfg.revision, trust_remote_code=False
+        )
     known = {"model_type", *inspect.signature(type(config)).parameters}
     return {key: getattr(config, key) for key in known.intersection(config.to_diff_dict())}

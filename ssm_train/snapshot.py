@@ -114,7 +114,25 @@ def collect_rng() -> dict[str, Any]:
 
 
 def restore_rng(rng: Mapping[str, Any]) -> None:
-    """Puts back what `collect_rng` returned; the GPU's state only where there is a GPU."""
+    """Puts back what `collect_rng` returned; the GPU's state only where there is a GPU. Raises
+    InputError for what it has not returned."""
+    try:
+        _restore_rng(rng)
+    except (
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise InputError(
+            f"checkpoint: its random states are not what a run wrote ({error}); resume from "
+            "another one"
+        ) from None
+
+
+def _restore_rng(rng: Mapping[str, Any]) -> None:
     version, words, gauss = rng["python"]
     random.setstate((version, tuple(words), gauss))
     state = rng["numpy"]

@@ -1,5 +1,5 @@
 """Reading and writing of configs: YAML 1.2 scalars (5e-4 is a number, `no` is text), every key
-once and with its line, no aliases, bounded size and depth; JSON by the same rules."""
+once and with its line, no aliases, no tags, bounded size and depth; JSON by the same rules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CORE_SCHEMA = (
 
 
 class Loader(yaml.SafeLoader):
-    """Safe loader of one document without anchors, aliases or repeated keys."""
+    """Safe loader of one document without anchors, aliases, tags or repeated keys."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
     depth = 0
@@ -45,6 +45,11 @@ class Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.MarkedYAMLError(
                 problem="anchors and aliases (& and *) are not allowed; write the value out",
+                problem_mark=event.start_mark,
+            )
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem=f"tags ({event.tag}) are not allowed; write the value alone",
                 problem_mark=event.start_mark,
             )
         if self.depth >= MAX_DEPTH:
@@ -65,6 +70,13 @@ class Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.Node:
+        """Line breaks other than \\n are read back from double quotes alone."""
+        style = '"' if re.search("[\r\x85\u2028\u2029]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+Dumper.add_representer(str, Dumper.represent_text)
 
 for _tag, _pattern, _first in CORE_SCHEMA:
     for _class in (Loader, Dumper):
@@ -102,8 +114,9 @@ def read_document(path: Path) -> Document:
 def parse_yaml(text: str, source: str) -> Document:
     """Parses one YAML mapping. Raises InputError naming `source` and the line."""
     lines: dict[KeyPath, int] = {}
-    loader = Loader(text)
+    loader = None
     try:
+        loader = Loader(text)  # refuses control characters
         root = loader.get_single_node()
         if root is None:
             return Document(source, {}, {})
@@ -119,8 +132,11 @@ def parse_yaml(text: str, source: str) -> Document:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{source}: not valid YAML: {reason}") from None
+    except ValueError as error:  # a number of 5,000 digits
+        raise InputError(f"{source}: not valid YAML: {error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if not isinstance(values, dict):
         raise InputError(
             f"{source}: the file holds a {type(values).__name__}; expected `key: value` lines"
@@ -164,6 +180,8 @@ def _parse_json(text: str, source: str) -> Document:
         raise InputError(f"{source}:{error.lineno}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise InputError(f"{source}: more than {MAX_DEPTH} levels deep") from None
+    except ValueError as error:  # a number of 5,000 digits
+        raise InputError(f"{source}: not valid JSON: {error}") from None
     document = parse_yaml(text.replace("\t", " "), source)
     return Document(source, values, document.lines)
 

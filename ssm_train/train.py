@@ -64,6 +64,7 @@ from ssm_train.record import (
     record_peft,
 )
 from ssm_train.resume import find_resume_point
+from ssm_train.revisions import hub_commits
 from ssm_train.summary import Result
 
 
@@ -232,6 +233,10 @@ def claim_directory(ready: Ready, peft: PeftSpec | None) -> None:
         create_run_directory(
             run_dir, dump_yaml(cfg), overwrite=cfg.overwrite, new=new,
             engine=ready.engine.name, processes=distributed.world_size(),
+            hub_commits=hub_commits(
+                cfg, ready.data, ready.base, cfg.revision,
+                ready.subject.prepared.tokenizer.name_or_path,
+            ),
         )  # fmt: skip
         if peft:
             record_peft(run_dir, peft.dump())

@@ -7,10 +7,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
 from ssm_train.adapters.base import ModelSpec
@@ -23,6 +25,11 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+MISREAD = (
+    *(AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    *(SafetensorError, StrictDataclassError, UnpicklingError),
+)
+"""What transformers raises for files that do not hold what it expects."""
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -50,9 +57,26 @@ def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
 
 def parse_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no mapping; give the file that save_pretrained wrote")
+    return values
+
+
+def refuse_kernels_of_the_hub(config: Any, model: str) -> None:
+    """Raises InputError where a config.json names a repository (`owner/name`) that transformers
+    would load kernels from: code, and nobody asked for it."""
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        refuse_kernels_of_the_hub(value, model)
+        if "_implementation" in key and "/" in str(value):
+            raise InputError(
+                f"model: the config.json of {model} sets {key} to {value!r}, code of the hub, "
+                "which is never run here; remove it"
+            )
 
 
 def looks_like_hub_id(name: str) -> bool:
@@ -92,19 +116,24 @@ def load_weights(model_class: Any, spec: ModelSpec) -> Any:
     transformers would fill in random weights with a warning.
     """
     assert spec.model is not None
+    refuse_kernels_of_the_hub(read_config(spec.model, spec.revision), spec.model)
     where = {"device_map": "meta"} if spec.place == "meta" else {}
     with spec.init_context(), no_progress_bars(spec.model):
         try:
             model, report = model_class.from_pretrained(
                 spec.model,
                 revision=spec.revision,
+                trust_remote_code=False,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they come back in the report
                 **where,
             )
-        except (OSError, StrictDataclassError) as error:
-            raise InputError(f"model: {spec.model}: {' '.join(str(error).split())}") from error
+        except MISREAD as error:
+            reason = " ".join(str(error).split())[:400]
+            raise InputError(
+                f"model: {spec.model}: its files cannot be read ({type(error).__name__}: {reason})"
+            ) from error
     check_names(
         spec.model,
         missing=report["missing_keys"],
@@ -203,9 +232,16 @@ def load_tokenizer(spec: ModelSpec, default: str | None = None) -> Any:
         )
     try:
         revision = spec.revision if source == spec.model else None
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer: {source}: {' '.join(str(error).split())}") from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            source,
+            revision=revision or "main",
+            trust_remote_code=False,  # left open, transformers asks on the terminal
+        )
+    except Exception as error:  # tokenizers raises Exception itself, transformers all sorts
+        reason = " ".join(str(error).split())[:400]
+        raise InputError(
+            f"tokenizer: {source}: its files cannot be read ({type(error).__name__}: {reason})"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"tokenizer: {source} has no end-of-text token, so generation could not stop; set "

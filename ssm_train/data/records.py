@@ -143,7 +143,7 @@ def read_table(
     with path.open(encoding="utf-8-sig", newline="") as lines:
         table = csv.reader(lines, delimiter=delimiter, strict=strict)
         try:
-            names = list(header) or next(table, [])
+            names = list(header) or next(filter(None, table), [])
             if len(set(names)) < len(names):
                 raise InputError(f"{path}:1: a column name occurs twice in {names}")
             for values in table:

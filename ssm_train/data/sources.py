@@ -197,7 +197,7 @@ def resolve_source(
     dataset, size = split_name(name)
     if dataset in GENERATED:
         return _generated(name, dataset, split, size)
-    if match := re.fullmatch(r"random_([1-9]\d*)", name):
+    if match := re.fullmatch(r"random_([1-9][0-9]{0,17})", name):
         return _random(name, int(match[1]), split)
     if dataset in PUBLISHED:
         return _published(name, PUBLISHED[dataset], split, data_root, size)
@@ -264,7 +264,7 @@ def training_texts(settings: DataSettings) -> Iterator[str]:
 def split_name(name: str) -> tuple[str, int | None]:
     """`glue-tvt_rte_300` is 300 examples of `glue-tvt_rte`."""
     known: Mapping[str, Any] = GENERATED | PUBLISHED
-    match = re.fullmatch(r"(.+)_([1-9]\d*)", name)
+    match = re.fullmatch(r"(.+)_([1-9][0-9]{0,17})", name)
     if match and match[1] in known:
         return match[1], int(match[2])
     return name, None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssm_train.errors import InputError
+from ssm_train.errors import InputError, whole_number
 from ssm_train.launch.slots import Slots, plan_slots
 from ssm_train.launch.suites import (
     check_configs_exist,
@@ -92,9 +92,10 @@ def choose_data(environment: Mapping[str, str]) -> str:
 
 
 def parse_seed(text: str, name: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text):
+    seed = whole_number(text)
+    if seed is None:
         raise InputError(f"{name}: {text!r} is not a seed; give a whole number of at least 0")
-    return int(text)
+    return seed
 
 
 def parse_seconds(text: str) -> float:

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 
-from ssm_train.errors import InputError
+from ssm_train.errors import InputError, whole_number
 
 CPU = "CPU"
 GPU_ID = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
 DETECTION_SECONDS = 60
+MOST_JOBS = 64  # on one GPU: a number of another magnitude is a slip
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,15 @@ def parse_plan(text: str, gpus: tuple[str, ...]) -> tuple[int, ...]:
     for each; nothing means 1. Raises InputError."""
     devices = gpus or (CPU,)
     words = split_list(text) or ("1",)
-    wrong = [word for word in words if not (word.isascii() and word.isdigit())]
-    if wrong:
-        raise InputError(
-            f"GPU_PLAN: {wrong[0]!r} is not a number of jobs; give whole numbers of at least 0"
-        )
-    plan = tuple(map(int, words))
+    plan: tuple[int, ...] = ()
+    for word in words:
+        jobs = whole_number(word)
+        if jobs is None or jobs > MOST_JOBS:
+            raise InputError(
+                f"GPU_PLAN: {word!r} is not a number of jobs; give whole numbers from 0 to "
+                f"{MOST_JOBS}"
+            )
+        plan += (jobs,)
     if len(plan) == 1:
         plan *= len(devices)
     if len(plan) != len(devices):

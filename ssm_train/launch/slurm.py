@@ -18,7 +18,7 @@ ENGINES = Path("accelerate_configs")
 ENVIRONMENT = Path("slurm/env.sh")
 SIGNAL_SECONDS = 180
 """Before the limit, for a step and a checkpoint; Slurm may send the signal a minute earlier."""
-TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+TIME = re.compile(r"(?:([0-9]{1,6})-)?([0-9]{1,6}):([0-5]\d):([0-5]\d)")
 WORD = re.compile(r"[\w.,:@%+=/\[\]-]+")
 
 
@@ -46,7 +46,8 @@ def write_job(job: Job, out: Path) -> None:
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
-        out.chmod(0o755)
+        mode = out.stat().st_mode  # as the umask has it
+        out.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
     except FileExistsError:
         raise InputError(f"--out {out} exists already; remove it or give another name") from None
     except OSError as error:

@@ -18,15 +18,19 @@ from torch import Tensor, nn
 
 from ssm_train.adapters.base import Traits
 from ssm_train.adapters.common import matches
+from ssm_train.adapters.loading import MISREAD
 from ssm_train.adapters.slices import SlicedLinear
 from ssm_train.errors import InputError
 from ssm_train.peft.cards import adapter_card, is_hub_id
 from ssm_train.peft.lora import CHANGES_BASE, lora_layers, quiet_peft
 from ssm_train.peft.registration import SSM_LORA
 from ssm_train.peft.tuner import OwnConfig, own_layers
+from ssm_train.strict_yaml import read_document
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+NAMES_CODE = ("auto_mapping", "megatron_config")
+"""Keys of an adapter_config.json for which PEFT imports a module that the file names."""
 
 
 def export_adapter(
@@ -91,7 +95,7 @@ def load_adapter(model: nn.Module, directory: str | Path, is_trainable: bool = F
     try:
         with quiet_peft():
             loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
-    except (ValueError, RuntimeError) as error:  # other names, other shapes
+    except MISREAD as error:  # other names, other shapes, settings that are none
         reason = " ".join(str(error).split())[:400]
         raise InputError(f"{directory} does not fit this base model: {reason}") from error
     _store_saved_modules_in_fp32(loaded)
@@ -108,19 +112,24 @@ def load_adapter(model: nn.Module, directory: str | Path, is_trainable: bool = F
 
 
 def _check_base(model: Any, directory: Path) -> None:
-    """Raises InputError where hub names or commits say that the model is another base. Local
-    directories say nothing: they are copied and renamed."""
-    written = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    """Raises InputError where hub names or commits say that the model is another base, or where the
+    file names code. Local directories say nothing: they are copied and renamed."""
+    written = read_document(directory / CONFIG).values
+    for key in NAMES_CODE:
+        if written.get(key) is not None:
+            raise InputError(
+                f"{directory / CONFIG}: {key} names code of its own, which is never run; remove it"
+            )
     config = getattr(model, "config", None)
     base, given = written.get("base_model_name_or_path"), getattr(config, "_name_or_path", None)
-    hub_ids = [name for name in (base, given) if name and is_hub_id(name)]
+    hub_ids = [name for name in (base, given) if isinstance(name, str) and is_hub_id(name)]
     if len(set(hub_ids)) > 1:
         raise InputError(
             f"{directory} is an adapter for {base}, and this model is {given}; load it onto its "
             f"own base, or change base_model_name_or_path in its {CONFIG} if they are the same"
         )
     trained, loaded = written.get("revision"), getattr(config, "_commit_hash", None)
-    commits = [commit for commit in (trained, loaded) if re.fullmatch("[0-9a-f]{40}", commit or "")]
+    commits = [commit for commit in (trained, loaded) if re.fullmatch("[0-9a-f]{40}", str(commit))]
     if len(set(commits)) > 1:
         raise InputError(
             f"{directory} was trained on revision {trained} of {base}, and this model is revision "

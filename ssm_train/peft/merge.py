@@ -103,7 +103,8 @@ def write_merged(
     check_format(model.config, file_format)
     _check_places(model)
     partial = directory.with_name(f"{directory.name}.partial")  # until the files are proven
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists() or partial.is_symlink():
+        raise InputError(f"{partial} is in the way, perhaps of a merge that was killed; remove it")
     try:
         if file_format == "mamba_ssm":
             mamba_checkpoint.write(model, partial)

@@ -64,7 +64,7 @@ def build_task(spec: str | Mapping[str, Any]) -> Task:
             )
         return TASKS[spec]
     kind = spec.get("type")
-    if kind not in TYPES:
+    if not isinstance(kind, str) or kind not in TYPES:
         raise InputError(f"task.type is {kind!r}; expected {', '.join(TYPES)}")
     try:
         return TYPES[kind].model_validate(dict(spec))

@@ -94,7 +94,9 @@ class ChatTask(Settings):
                 add_generation_prompt=answering,
                 **self.variables,
             )
-        except TemplateError as error:
+        # A template is a program, which may fail in any of these ways.
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError,
+                ValueError, RecursionError) as error:  # fmt: skip
             raise InputError(f"the chat template refuses the messages: {error}") from None
         return str(rendered[0][0])
 
