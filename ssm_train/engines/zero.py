@@ -68,6 +68,8 @@ class Zero:
             # hooks in each of its many small modules would take longer than the products.
             for layer in fsdp.find_layers(bare):
                 deepspeed.utils.set_z3_leaf_module(layer, True)
+            embeddings: nn.Module = bare.get_input_embeddings()  # type: ignore[operator]
+            embeddings.register_forward_hook(require_gradient)
         if self.contents is not None:
             deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
             dealer = dealing.Dealer(bare, *self.contents, self.device)
@@ -210,6 +212,14 @@ class Zero:
             copy_part(part, value)
         else:
             parameter.set_full_hp_param(value.to(parameter.device, torch.float32), key)
+
+
+def require_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    """Of what frozen embeddings give: DeepSpeed reduces a layer's gradients when that of its input
+    is there, and for an input without one too early."""
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
+    return output
 
 
 def copy_part(part: Tensor, value: Tensor) -> None:
