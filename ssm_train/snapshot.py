@@ -21,6 +21,11 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def copy_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, in memory that nothing else changes."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
 def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies `tensors` into the trainable parameters; the names must be exactly theirs."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
