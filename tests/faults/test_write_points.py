@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def kill_everywhere(saved: Saved, step: int, first: int) -> int:
     renamed = points.index(("renamed", 1))
     for index, point in enumerate(points):
         run_dir = saved.copy(f"killed-{step}-{index}")
-        assert fork(lambda: save(run_dir), kill_at(point)) == KILLED, point
+        assert fork(partial(save, run_dir), kill_at(point)) == KILLED, point
         expected = step if index >= renamed else first
         before = saved.kept if index < renamed else kept
         notes = trained.assert_resumes(run_dir, before, expected)
