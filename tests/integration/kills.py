@@ -28,6 +28,8 @@ from ssm_train.train import get_ready
 
 Point = tuple[str, int]  # name, and the how manieth of this name in a save
 
+FIRST = "checkpoints made"  # the first point of a save
+
 CASES: dict[str, tuple[dict[str, Any] | None, str]] = {
     "lora": (LORA, "train"),
     "full": (None, "train"),
@@ -49,15 +51,31 @@ def kill_at(point: Point) -> Callable[[str], None]:
     return kill
 
 
-def fork(work: Callable[[], None], at_write_point: Callable[[str], None] | None = None) -> int:
-    """How a child that does the work ended: its exit code, or minus the signal."""
+def kill_in_save(number: int, point: Point) -> Callable[[str], None]:
+    """`kill_at` in the so manieth save of a process, counted from 1."""
+    saves, kill = 0, kill_at(point)
+
+    def hook(name: str) -> None:
+        nonlocal saves, kill
+        if name == FIRST:
+            saves, kill = saves + 1, kill_at(point)
+        if saves == number:
+            kill(name)
+
+    return hook
+
+
+def fork(
+    work: Callable[[], int | None], at_write_point: Callable[[str], None] | None = None
+) -> int:
+    """How a child that does the work ended: with the code that the work returns, or minus the
+    signal."""
     pid = os.fork()
     if pid == 0:
         code = 99
         try:
             durable.at_write_point = at_write_point
-            work()
-            code = 0
+            code = work() or 0
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -187,3 +205,39 @@ def save_two(directory: Path, case: str, **settings: Any) -> Saved:
 
 def names_in(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+# ---------------------------------------------------------------- damage
+
+
+def truncate(data: bytes, place: int) -> bytes:
+    return data[:place]
+
+
+def flip_a_bit(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ (1 << place % 8)]) + data[place + 1 :]
+
+
+def fill_with_zeros(data: bytes, place: int) -> bytes:
+    """From here on, as where a file's size reached the disk and its content did not."""
+    return data[:place] + bytes(len(data) - place)
+
+
+def delete(data: bytes, place: int) -> None:
+    return None
+
+
+Damage = Callable[[bytes, int], bytes | None]
+DAMAGES: tuple[Damage, ...] = (truncate, flip_a_bit, fill_with_zeros, delete)
+
+
+def spoil(file: Path, damage: Damage, place: int) -> bytes:
+    """Returns what was there."""
+    data = file.read_bytes()
+    spoilt = damage(data, place)
+    if spoilt is None:
+        file.unlink()
+    else:
+        assert spoilt != data, (file, damage, place)
+        file.write_bytes(spoilt)
+    return data
