@@ -41,7 +41,7 @@ class CheckpointSettings(Settings):
     save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints kept besides the best one."""
     async_save: bool = False
-    """Train on while a checkpoint is written from a copy, which takes as much memory as it has."""
+    """Train on while a checkpoint is written, from a copy in memory that is kept for the next."""
     save_errors: Literal["stop", "continue"] = "stop"
     """What follows where a checkpoint cannot be written, as on a full disk: the run stops, or it
     warns and tries again at the next one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class RunCheckpoints:
     stage: str = "train"  # of the method's
     say: Callable[[str], None] = print
     under_way: Save | None = None
+    copies: dict[Group, dict[str, Tensor]] = field(default_factory=dict)
+    """What `async_save` writes from, on rank 0."""
     failure: str | None = None
     """Of the last save, on all ranks."""
     shared: bool = False
@@ -82,7 +84,10 @@ class RunCheckpoints:
         later = self.settings.async_save
         if distributed.is_main():
             if later:
-                tensors = {g: snapshot.copy_tensors(named) for g, named in tensors.items()}
+                tensors = self.copies = {
+                    group: snapshot.copy_tensors(named, self.copies.get(group))
+                    for group, named in tensors.items()
+                }
             write = partial(self._write, state.step, tensors, progress, rngs, state.best_step)
             self.under_way = Save(state.step, write)
             if later:
