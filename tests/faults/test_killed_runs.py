@@ -3,9 +3,6 @@ run that was not killed, bit for bit."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from kills import FIRST, Point, fork, kill_in_save, points_of
+from starts import start
 from tiny_runs import LORA, SPARSE, assert_same_run, metrics, train, write_config
 
 from ssm_train.cli import main
 
-ROOT = Path(__file__).parents[2]
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
 KILLED, ENDED_BY_TORCHRUN = -9, 1
 
@@ -61,17 +58,6 @@ RUNS: dict[str, tuple[str, Any, int, int]] = {
     "sd_lora": ("mamba", SPARSE, 1, 4),
     "two_processes": ("mamba", LORA, 2, 2),
 }
-
-
-def start(processes: int, *command: object) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), *map(str, command)],
-        env=os.environ | variables | {"PYTHONPATH": path},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
 
 
 def write(directory: Path, case: str, name: str) -> Path:

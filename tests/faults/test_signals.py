@@ -3,42 +3,16 @@ once."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from starts import start_two
 from tiny_runs import LORA, assert_same_run, write_config
 
 from ssm_train.checkpoint import latest_checkpoint, load_checkpoint
 
-ROOT = Path(__file__).parents[2]
 SIGNALLED = Path(__file__).with_name("signalled_run.py")
 SAVED, INTERRUPTED = 75, 130
-
-
-def start_two(*command: object) -> list[tuple[int, str]]:
-    """Exit code and stderr of each of two ranks, without a launcher, which would end the other."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
-    return [(p.returncode, error) for p, error in zip(ranks, errors, strict=True)]
 
 
 def write(directory: Path, name: str, beside: bool = False) -> Path:
