@@ -36,7 +36,9 @@ def places_in(file: Path, damage: Damage) -> list[int]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_file_of_the_newest(saved: Saved, damage: Damage) -> None:
+def test_every_file_of_the_newest(
+    saved: Saved, damage: Damage, survived: Callable[..., None]
+) -> None:
     newest = checkpoint_path(saved.directory, 2)
     files = sorted(newest.iterdir())
     assert {file.name for file in files} - {"base.safetensors"} == FILES
@@ -50,10 +52,11 @@ def test_every_file_of_the_newest(saved: Saved, damage: Damage) -> None:
                 f"skipped a damaged checkpoint: {newest.name}: {file.name} "
             ), (file.name, place)
             assert notes[1] == "resuming from step-00000001"
+            survived(f"{damage.__name__}, in a file of the newest checkpoint")
     saved.trained.assert_resumes(saved.directory, saved.kept, 2)
 
 
-def test_every_bit_of_the_manifest(saved: Saved) -> None:
+def test_every_bit_of_the_manifest(saved: Saved, survived: Callable[..., None]) -> None:
     """It has nothing but itself to prove it."""
     newest = checkpoint_path(saved.directory, 2)
     manifest = newest / MANIFEST
@@ -66,6 +69,7 @@ def test_every_bit_of_the_manifest(saved: Saved) -> None:
         assert (find_damage(newest, hashes=False) or "").startswith(MANIFEST), bit
     manifest.write_bytes(data)
     assert find_damage(newest) is None
+    survived("flip_a_bit, each of a manifest", 8 * len(data))
 
 
 def test_what_was_damaged_is_resumed_bit_for_bit(saved: Saved) -> None:
@@ -91,6 +95,12 @@ def test_a_damaged_pointer_stops_nothing(saved: Saved, pointer: str, damage: Dam
     spoil(run_dir / "checkpoints" / pointer, damage, 8)
     saved.trained.assert_resumes(run_dir, saved.kept, 2)
     saved.trained.put_back(saved.kept[3])
+    saved.trained.save(run_dir, 3)  # without a best step the pointer is read
+    saved.trained.assert_resumes(run_dir, saved.kept, 3)
+
+    run_dir = saved.copy(f"known-{pointer}-{damage.__name__}")
+    spoil(run_dir / "checkpoints" / pointer, damage, 8)
+    saved.trained.put_back(saved.kept[3])
     saved.trained.save(run_dir, 3, best=1)
     assert (run_dir / "checkpoints" / "best").read_text() == "step-00000001\n"
     assert (run_dir / "checkpoints" / "last").read_text() == "step-00000003\n"
@@ -102,7 +112,11 @@ def test_a_damaged_pointer_stops_nothing(saved: Saved, pointer: str, damage: Dam
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_goes_on_from_the_one_before(
-    damage: Damage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Callable
+    damage: Damage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    survived: Callable[..., None],
 ) -> None:
     whole = train(write_config(tmp_path, "whole", "mamba", peft=LORA))
     config = write_config(tmp_path, "stopped", "mamba", peft=LORA)
@@ -115,10 +129,11 @@ def test_a_run_goes_on_from_the_one_before(
     said = capsys.readouterr().out
     assert f"skipped a damaged checkpoint: {newest.name}: trainable.safetensors" in said
     assert_same_run(resumed.run_dir, whole.run_dir)
+    survived("damage to the newest checkpoint of a run")
 
 
 def test_damaged_best_weights_are_said_and_the_last_are_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Callable
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(
         tmp_path, "lost", "mamba", peft=LORA, eval_steps=1, max_steps=6, learning_rate=3.0,

@@ -82,7 +82,10 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_a_disk_that_is_full_at_any_page(
-    saved: Saved, disks: Callable[[Path], Path], tmp_path: Path
+    saved: Saved,
+    disks: Callable[[Path], Path],
+    tmp_path: Path,
+    survived: Callable[..., None],
 ) -> None:
     disk = disks(tmp_path / "disk")
     run_dir = on_disk(saved, disk)
@@ -94,6 +97,7 @@ def test_a_disk_that_is_full_at_any_page(
         assert names_in(run_dir) == before, free
         saved.trained.assert_resumes(run_dir, saved.kept, 2)
         ballast.unlink()
+        survived("a disk that is full at a page of a save")
     saved.trained.put_back(saved.kept[3])
     fill(disk, needed)
     saved.trained.save(run_dir, 3)

@@ -100,8 +100,11 @@ def every_case() -> list[Any]:
 
 
 @pytest.mark.parametrize(("case", "point"), every_case())
-def test_a_killed_run_goes_on(case: str, point: Point, directory: Path, whole: Whole) -> None:
+def test_a_killed_run_goes_on(
+    case: str, point: Point, directory: Path, whole: Whole, survived: Callable[..., None]
+) -> None:
     kill_and_go_on(case, RUNS[case][3], point, directory, whole)
+    survived(f"kills of a run, {case}")
 
 
 def test_killed_between_the_stages(directory: Path, whole: Whole) -> None:

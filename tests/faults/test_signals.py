@@ -3,6 +3,7 @@ once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,12 @@ def whole(directory: Path) -> Path:
     ],
 )
 def test_one_rank_s_signal_stops_both(
-    number: str, rank: int, beside: bool, directory: Path, whole: Path
+    number: str,
+    rank: int,
+    beside: bool,
+    directory: Path,
+    whole: Path,
+    survived: Callable[..., None],
 ) -> None:
     config = write(directory, f"{number}_{rank}", beside)
     ended = start_two(SIGNALLED, rank, 4, number, "train", "--cfg", config)
@@ -55,6 +61,7 @@ def test_one_rank_s_signal_stops_both(
     assert [code for code, _ in ended] == [0, 0], ended
     # Both ranks' dropout and data went on from the same step.
     assert_same_run(run_dir, whole, unlike={"python"})
+    survived("a signal to one of two ranks")
 
 
 @pytest.mark.parametrize("numbers", ["SIGINT+SIGINT", "SIGTERM+SIGTERM"])

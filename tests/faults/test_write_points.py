@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from kills import CASES, Saved, fork, kill_at, names_in, points_of, save_two
 
 KILLED = -9
+Survived = Callable[[str, int], None]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -41,14 +43,20 @@ def kill_everywhere(saved: Saved, step: int, first: int) -> int:
     return len(points)
 
 
-def test_a_new_checkpoint(saved: Saved) -> None:
-    assert kill_everywhere(saved, step=3, first=2) >= 25
+def test_a_new_checkpoint(saved: Saved, survived: Survived) -> None:
+    points = kill_everywhere(saved, step=3, first=2)
+    assert points >= 25
+    survived("kills in a save", points)
 
 
-def test_the_same_step_again(saved: Saved) -> None:
+def test_the_same_step_again(saved: Saved, survived: Survived) -> None:
     """As after a resume from before a damaged checkpoint."""
-    assert kill_everywhere(saved, step=2, first=2) >= 25
+    points = kill_everywhere(saved, step=2, first=2)
+    assert points >= 25
+    survived("kills in a save of a step that was saved before", points)
 
 
-def test_beside_the_training(tmp_path: Path) -> None:
-    assert kill_everywhere(save_two(tmp_path, "lora", async_save=True), step=3, first=2) >= 25
+def test_beside_the_training(tmp_path: Path, survived: Survived) -> None:
+    points = kill_everywhere(save_two(tmp_path, "lora", async_save=True), step=3, first=2)
+    assert points >= 25
+    survived("kills in a save beside the training", points)
