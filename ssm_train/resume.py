@@ -55,12 +55,12 @@ class RunCheckpoints:
     global_batch: int  # examples (packed: rows) in an optimizer step of all processes
     stage: str = "train"  # of the method's
     say: Callable[[str], None] = print
-    under_way: Save | None = None
-    copies: dict[Group, dict[str, Tensor]] = field(default_factory=dict)
+    under_way: Save | None = field(default=None, init=False)
+    copies: dict[Group, dict[str, Tensor]] = field(default_factory=dict, init=False)
     """What `async_save` writes from, on rank 0."""
-    failure: str | None = None
+    failure: str | None = field(default=None, init=False)
     """Of the last save, on all ranks."""
-    shared: bool = False
+    shared: bool = field(default=False, init=False)
     """Whether all ranks were seen to share the directory."""
 
     def save(self, state: TrainState) -> None:
@@ -210,7 +210,8 @@ def find_resume_point(run_dir: Path) -> tuple[checkpoint.Checkpoint | None, list
     [(path, skipped)] = distributed.gather_objects(found)
     notes = [f"skipped a damaged checkpoint: {line}" for line in skipped]
     if path is None:
-        return None, [*notes, "no checkpoint yet: starting from step 0"]
+        none = "no checkpoint is whole" if skipped else "no checkpoint yet"
+        return None, [*notes, f"{none}: starting from step 0"]
     try:
         point = checkpoint.load_checkpoint(path, rank=distributed.rank(), verify=False)
     except FileNotFoundError:

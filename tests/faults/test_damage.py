@@ -149,3 +149,16 @@ def test_damaged_best_weights_are_said_and_the_last_are_exported(
     said = " ".join(capsys.readouterr().out.split())
     assert f"warning: the best weights, of step {part.best_step}, are lost" in said
     assert "trainable.safetensors does not match its SHA-256); those of step 6 are taken" in said
+
+
+def test_where_all_are_damaged_the_run_begins_again_and_says_so(saved: Saved) -> None:
+    run_dir = saved.copy("none")
+    for step in (1, 2):
+        spoil(checkpoint_path(run_dir, step) / "state.json", delete, 0)
+    found, notes = find_resume_point(run_dir)
+    assert found is None
+    assert notes == [
+        "skipped a damaged checkpoint: step-00000002: state.json is missing",
+        "skipped a damaged checkpoint: step-00000001: state.json is missing",
+        "no checkpoint is whole: starting from step 0",
+    ]
