@@ -118,11 +118,11 @@ def test_a_read_only_disk(saved: Saved, disks: Callable[[Path], Path], tmp_path:
     disk = disks(tmp_path / "disk")
     run_dir = on_disk(saved, disk)
     before = names_in(run_dir)
-    assert mount("-o", "remount,ro", str(disk))
+    assert mount("-o", "remount,bind,ro", str(disk))
     refuse(saved, run_dir, "Read-only file system")
     saved.trained.assert_resumes(run_dir, saved.kept, 2)
     assert names_in(run_dir) == before
-    assert mount("-o", "remount,rw", str(disk))
+    assert mount("-o", "remount,bind,rw", str(disk))
     saved.trained.put_back(saved.kept[3])
     saved.trained.save(run_dir, 3)
     saved.trained.assert_resumes(run_dir, saved.kept, 3)
@@ -143,13 +143,13 @@ def test_a_disk_that_turns_read_only_in_a_save(
 
     def turn(name: str) -> None:
         if name == point:
-            assert mount("-o", "remount,ro", str(disk))
+            assert mount("-o", "remount,bind,ro", str(disk))
 
     with monkeypatch.context() as patch:
         patch.setattr(durable, "at_write_point", turn)
         refuse(saved, run_dir, "Read-only file system")
     saved.trained.assert_resumes(run_dir, saved.kept, 3 if point == "renamed" else 2)
-    assert mount("-o", "remount,rw", str(disk))
+    assert mount("-o", "remount,bind,rw", str(disk))
     saved.trained.put_back(saved.kept[3])
     saved.trained.save(run_dir, 3)
     saved.trained.assert_resumes(run_dir, saved.kept, 3)
