@@ -1,6 +1,7 @@
 # make quickstart     fine-tune a tiny GLA and a tiny Mamba on the CPU
 # make test           lint, types and every test that needs no GPU
 # make test-parallel  two to four processes under DDP, ZeRO and FSDP2, on the CPU
+# make test-faults    kills, damaged files and full disks; test-faults-full: a run at every point
 # make test-slurm     jobs on a real Slurm, started for the tests where it is installed
 # make test-all       what is no part of make test, and needs no GPU
 # make test-gpu       the tests that need a GPU, on a machine with one
@@ -22,8 +23,8 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait without spinning: on busy cores a spinning one takes the other's time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-unit test-parallel test-slurm test-all test-gpu test-oldest-peft matrix \
-    fuzz lint clean help
+.PHONY: quickstart test test-unit test-parallel test-slurm test-faults test-faults-full test-all \
+    test-gpu test-oldest-peft matrix fuzz lint clean help
 
 help:
 	@sed -n 's/^# \?//p' Makefile | head -13
@@ -34,8 +35,8 @@ quickstart: .venv/installed
 
 test: lint
 	@echo "== tests (everything that needs no GPU)"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore tests/parallel --ignore tests/slurm -n auto --dist loadfile \
-	    --durations=10
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore tests/parallel --ignore tests/slurm \
+	    --ignore tests/faults -n auto --dist loadfile --durations=10
 
 test-unit: .venv/installed-dev
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/unit -n auto --dist loadfile
@@ -43,7 +44,13 @@ test-unit: .venv/installed-dev
 test-parallel: .venv/installed-deepspeed
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/parallel --durations=10
 
-test-all: test-parallel test-slurm
+test-faults: .venv/installed-dev
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults -m "not every_point" --durations=10
+
+test-faults-full: .venv/installed-dev
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults --durations=10
+
+test-all: test-parallel test-slurm test-faults
 
 test-gpu: .venv/installed-dev
 	@$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \

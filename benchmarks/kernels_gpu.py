@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_train.checkpoint import write_atomically
+from ssm_train.durable import write_atomically
 from ssm_train.kernels.causal_conv1d.triton import causal_conv1d
 from ssm_train.kernels.selective_scan.triton import selective_scan
 from ssm_train.record import describe_environment

@@ -24,7 +24,7 @@ from typing import Any
 from quality_parts import layer, rank, steps, tasks
 from quality_parts.jobs import Found, Job, Options, Part, Results, key_of, name_of
 
-from ssm_train.checkpoint import write_atomically
+from ssm_train.durable import write_atomically
 from ssm_train.errors import InputError
 
 PARTS: dict[str, Part] = {"a": layer, "b": steps, "c": rank, "d": tasks}

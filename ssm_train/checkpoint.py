@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ssm_train.durable import (
+    remove,
+    sync,
+    write_atomically,
+    write_json,
+    write_point,
+    write_tensors,
+)
 from ssm_train.errors import InputError
 from ssm_train.settings import Settings
-from ssm_train.snapshot import collect_rng
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -31,10 +37,15 @@ Group = Literal["trainable", "optimizer", "base"]
 
 
 class CheckpointSettings(Settings):
-    """How many checkpoints to keep."""
+    """How checkpoints are written, and how many are kept."""
 
     save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints kept besides the best one."""
+    async_save: bool = False
+    """Train on while a checkpoint is written, from a copy in memory that is kept for the next."""
+    save_errors: Literal["stop", "continue"] = "stop"
+    """What follows where a checkpoint cannot be written, as on a full disk: the run stops, or it
+    warns and tries again at the next one."""
 
 
 @dataclass
@@ -48,14 +59,6 @@ class Checkpoint:
     world_size: int  # processes that wrote it
 
 
-def write_point(name: str) -> None:
-    """Called after every write that a kill could separate from the next; fault tests replace it."""
-
-
-def single_process() -> None:
-    """The barrier of a run with one process."""
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -64,39 +67,37 @@ def save_checkpoint(
     step: int,
     tensors: Mapping[Group, Mapping[str, Tensor]],
     state: Mapping[str, Any],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = single_process,
+    rngs: Sequence[Mapping[str, Any]],
 ) -> Path:
-    """Writes `checkpoints/step-XXXXXXXX` of optimizer step `step`. All ranks.
+    """Rank 0. Writes `checkpoints/step-XXXXXXXX` of optimizer step `step`.
 
-    Rank 0 writes `tensors` (one file for each group that is not empty; other ranks may pass {})
-    and `state` (JSON); every rank writes its own random states. Nothing counts before the rename.
+    One file for each group of `tensors` that is not empty, `state`, and the random states of every
+    rank. Nothing counts before the rename; where writing fails, nothing stays.
     """
     final = checkpoint_path(run_dir, step)
     partial = final.with_name(final.name + ".tmp")
-    if rank == 0:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in final.parent.glob("*.tmp"):
-            remove(leftover)
-        write_point("leftovers removed")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    write_point("checkpoints made")
+    for leftover in final.parent.glob("*.tmp"):
+        remove(leftover)
+    write_point("leftovers removed")
+    try:
         partial.mkdir()
         write_point("directory made")
-    barrier()
-    write_json(partial / rng_name(rank), collect_rng())
-    barrier()
-    if rank == 0:
+        for rank, rng in enumerate(rngs):
+            write_json(partial / rng_name(rank), rng)
         for group, named in tensors.items():
             if named:
                 write_tensors(partial / f"{group}.safetensors", named)
         write_json(partial / STATE, {**state, "step": step})
-        write_manifest(partial, step, world_size)
+        write_manifest(partial, step, len(rngs))
         sync(partial)
         write_point("directory synced")
-        publish(partial, final)
-        write_pointer(run_dir, "last", step)
-    barrier()
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    publish(partial, final)
+    write_pointer(run_dir, "last", step)
     return final
 
 
@@ -114,73 +115,17 @@ def publish(partial: Path, final: Path) -> None:
     write_point("rename synced")
     for old in final.parent.glob("step-*.old"):
         remove(old)
+        write_point("old one removed")
 
 
 def write_manifest(directory: Path, step: int, world_size: int) -> None:
     """Size and SHA-256 of every file there, and the manifest's own digest."""
-    missing = [r for r in range(world_size) if not (directory / rng_name(r)).exists()]
-    if missing:
-        raise InputError(
-            f"checkpoint: rank 0 sees no file of ranks {missing} of {world_size} in {directory}; "
-            "the run directory must be on a file system that all nodes share"
-        )
     files = {
         path.name: {"size": path.stat().st_size, "sha256": digest(path)}
         for path in sorted(directory.iterdir())
     }
     manifest = {"format": 1, "step": step, "world_size": world_size, "files": files}
     write_json(directory / MANIFEST, {**manifest, "sha256": own_digest(manifest)})
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    seen: set[int] = set()
-    separate: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        # safetensors refuses tensors that share memory (tied weights, views of a flat buffer).
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    save_file(separate, path)
-    write_point(f"{path.name} written")
-    sync(path)
-    write_point(f"{path.name} synced")
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
-    write_point(f"{path.name} written")
-    sync(path)
-    write_point(f"{path.name} synced")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small text file; a reader or a crash finds the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    write_point(f"{path.name} written")
-    sync(partial)
-    partial.replace(path)
-    write_point(f"{path.name} renamed")
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Asks the disk to have a file, or the names in a directory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove(path: Path) -> None:
-    """A file, a directory with what is in it, or a symbolic link and nothing behind it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 # ---------------------------------------------------------------- finding and reading
@@ -226,8 +171,10 @@ def find_damage(path: Path, *, hashes: bool = True) -> str | None:
     """What is wrong with a checkpoint, or None. Without `hashes` only names and sizes are read."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except OSError:
+    except FileNotFoundError:
         return f"{MANIFEST} is missing"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
     except (ValueError, RecursionError):
         return f"{MANIFEST} is not JSON"
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != own_digest(manifest):
@@ -242,7 +189,11 @@ def find_damage(path: Path, *, hashes: bool = True) -> str | None:
             return f"{name} is missing"
         if (size := file.stat().st_size) != expected["size"]:
             return f"{name} has {size} bytes instead of {expected['size']}"
-        if hashes and digest(file) != expected["sha256"]:
+        try:
+            same = not hashes or digest(file) == expected["sha256"]
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if not same:
             return f"{name} does not match its SHA-256"
     return None
 
@@ -319,9 +270,8 @@ def read_pointer(run_dir: Path, name: Literal["best", "last"]) -> int | None:
     path = Path(run_dir) / "checkpoints" / name
     if not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8", errors="replace")
-    match = re.fullmatch(r"step-(\d{8,18})\s*", text, re.ASCII)
-    return int(match[1]) if match else None  # as of a file that is not there
+    found = re.fullmatch(rb"step-(\d{8,18})\s*", path.read_bytes())
+    return int(found[1]) if found else None  # as of a file that is not there
 
 
 def prune(run_dir: Path, keep: int, protect: Collection[int] = ()) -> list[Path]:
@@ -345,4 +295,5 @@ def prune(run_dir: Path, keep: int, protect: Collection[int] = ()) -> list[Path]
         leftover = path.rename(path.with_name(path.name + ".tmp"))
         write_point("pruned one renamed")
         remove(leftover)
+        write_point("pruned one removed")
     return doomed

@@ -255,6 +255,9 @@ def _dead_settings(cfg: RunConfig) -> Iterator[tuple[str, str]]:
             f"max_length {cfg.max_length} does not fit into tokens_per_batch "
             f"{cfg.tokens_per_batch}; raise tokens_per_batch, or set it to auto",
         )
+    for key in ("async_save", "save_errors"):
+        if cfg.no_save and getattr(cfg, key) != default[key]:
+            yield key, f"{key} has no effect with no_save; remove one of them"
     if cfg.lr_scheduler_type == "constant" and (cfg.warmup_steps or cfg.warmup_ratio):
         yield (
             "lr_scheduler_type",

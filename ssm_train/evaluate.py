@@ -19,10 +19,10 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ssm_train.adapters.base import Batch, TokenLosses
-from ssm_train.checkpoint import write_atomically
 from ssm_train.data.batches import batches_by_length, collate
 from ssm_train.data.tasks.text import ClassificationTask
 from ssm_train.data.tokens import TokenizedDataset
+from ssm_train.durable import write_atomically
 from ssm_train.errors import InputError
 from ssm_train.generate import Autocast, Decoder, evaluation_mode, read_options
 from ssm_train.scores import OUT_OF_CLASS

@@ -148,9 +148,16 @@ class Stage:
         )
         ready.engine.model.train()  # weights from files come in evaluation mode: no recomputation
         try:
-            return train(training, self.state)
+            outcome = train(training, self.state)
+            self.checkpoints.finish()
+        except Exception:  # an interrupt does not wait
+            self.checkpoints.wait()
+            raise
         finally:
             training.drop_graphs()
+        if outcome == "stopped":
+            self.checkpoints.check_saved()
+        return outcome
 
 
 @contextmanager
@@ -170,7 +177,7 @@ def open_stage(
     )
     check_dtypes_again(subject.prepared.model)
     checkpoints = RunCheckpoints(
-        run_dir, cfg.save_total_limit, ready.engine, subject.method,
+        run_dir, cfg, ready.engine, subject.method,
         global_batch=len(ready.order.micro_batches(0)) * (1 if cfg.packing else cfg.batch_size),
         stage=name,
     )  # fmt: skip
@@ -178,6 +185,7 @@ def open_stage(
     state = checkpoints.restore(ready.found) if ready.found else TrainState()
     with ExitStack() as stack:
         bar = Progress(schedule.total_steps, state.step, distributed.is_main())
+        checkpoints.say = bar.say
         for line in [*lines, *ready.engine.notes, *describe_rates(ready.engine.optimizer)]:
             bar.say(line)
         stack.enter_context(bar)

@@ -1,9 +1,12 @@
-"""What of a run is in its checkpoints, and how it is put back."""
+"""What of a run is in its checkpoints, when they are written, and how they are put back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +15,34 @@ from torch import Tensor
 
 from ssm_train import checkpoint, distributed, snapshot
 from ssm_train.adapters.base import PeftMethod
+from ssm_train.checkpoint import CheckpointSettings, Group
 from ssm_train.engines.base import Engine
 from ssm_train.errors import InputError
 from ssm_train.loop import TrainState
+
+
+class Save(threading.Thread):
+    """Rank 0. One save: run in place, or started beside the training. As after a kill, a process
+    that ends at once leaves the checkpoint before it."""
+
+    def __init__(self, step: int, write: Callable[[], None]) -> None:
+        super().__init__(name=f"save of step {step}", daemon=True)
+        self.step, self.write = step, write
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self.write()
+        except Exception as error:
+            self.error = error
+
+    def failure(self) -> str | None:
+        """After it has ended: why nothing could be written, or None. Raises any other error."""
+        if self.error is None:
+            return None
+        if not isinstance(self.error, OSError):
+            raise self.error
+        return f"the checkpoint of step {self.step} cannot be written: {self.error}"
 
 
 @dataclass
@@ -22,40 +50,118 @@ class RunCheckpoints:
     """The checkpoints of one run: trained parameters, optimizer, random states, progress."""
 
     run_dir: Path
-    keep: int
+    settings: CheckpointSettings
     engine: Engine
     method: PeftMethod | None
     global_batch: int  # examples (packed: rows) in an optimizer step of all processes
     stage: str = "train"  # of the method's
+    say: Callable[[str], None] = print
+    under_way: Save | None = field(default=None, init=False)
+    copies: dict[Group, dict[str, Tensor]] = field(default_factory=dict, init=False)
+    """What `async_save` writes from, on rank 0."""
+    failure: str | None = field(default=None, init=False)
+    """Of the last save, on all ranks."""
+    shared: bool = field(default=False, init=False)
+    """Whether all ranks were seen to share the directory."""
 
     def save(self, state: TrainState) -> None:
-        """All ranks. Writes a checkpoint, points at the best one, removes old ones."""
+        """All ranks. Writes a checkpoint, points at the best one, removes old ones; with
+        `async_save` all of that happens later, to the state as it is now."""
+        self.finish()
+        self._check_shared()
+        rngs = distributed.gather_objects([snapshot.collect_rng()])
+        tensors: dict[Group, dict[str, Tensor]] = {
+            "trainable": self.engine.trained(),
+            "optimizer": self.engine.optimizer_state(),
+            "base": self._changed_base(),
+        }
         scaler = self.engine.scaler
-        checkpoint.save_checkpoint(
-            self.run_dir,
-            state.step,
-            {
-                "trainable": self.engine.trained(),
-                "optimizer": self.engine.optimizer_state(),
-                "base": self._changed_base(),
-            },
-            {
-                "train": asdict(state),
-                "stage": self.stage,
-                "global_batch": self.global_batch,
-                "scaler": scaler.state_dict() if scaler else None,
-            },
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            barrier=distributed.barrier,
-        )
-        if distributed.is_main():  # rank 0
-            best_step = state.best_step  # also after a resume from before a damaged, better one
-            if best_step and checkpoint.checkpoint_path(self.run_dir, best_step).exists():
-                checkpoint.write_pointer(self.run_dir, "best", best_step)
-            best = checkpoint.read_pointer(self.run_dir, "best")
-            checkpoint.prune(self.run_dir, self.keep, () if best is None else (best,))
+        progress = {
+            "train": asdict(state),
+            "stage": self.stage,
+            "global_batch": self.global_batch,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        later = self.settings.async_save
+        if distributed.is_main():
+            if later:
+                tensors = self.copies = {
+                    group: snapshot.copy_tensors(named, self.copies.get(group))
+                    for group, named in tensors.items()
+                }
+            write = partial(self._write, state.step, tensors, progress, rngs, state.best_step)
+            self.under_way = Save(state.step, write)
+            if later:
+                self.under_way.start()
+            else:
+                self.under_way.run()
+        if not later:
+            self.finish()
+
+    def _write(
+        self,
+        step: int,
+        tensors: Mapping[Group, Mapping[str, Tensor]],
+        progress: Mapping[str, Any],
+        rngs: list[dict[str, Any]],
+        best: int | None,
+    ) -> None:
+        """Rank 0, also beside the training: it touches nothing that training changes."""
+        checkpoint.save_checkpoint(self.run_dir, step, tensors, progress, rngs)
+        # After a resume from before a damaged, better one, `best` is another one than it was.
+        if best and checkpoint.checkpoint_path(self.run_dir, best).exists():
+            checkpoint.write_pointer(self.run_dir, "best", best)
+        best = checkpoint.read_pointer(self.run_dir, "best")
+        limit = self.settings.save_total_limit
+        checkpoint.prune(self.run_dir, limit, () if best is None else (best,))
+
+    def finish(self) -> None:
+        """All ranks. Waits for the save under way. Where it failed, all ranks raise InputError, or
+        rank 0 warns, as `save_errors` says."""
+        self.wait()
+        ended, self.under_way = self.under_way, None
+        if ended:
+            self.failure = ended.failure()
+        # What rank 0 says holds: the others have no save of their own.
+        [(new, self.failure), *_] = distributed.gather_objects([(ended is not None, self.failure)])
+        if not (new and self.failure):
+            return
+        if self.settings.save_errors == "stop":
+            self.check_saved()
+        if distributed.is_main():
+            self.say(f"warning: {self.failure}; training goes on, and the next save tries again")
+
+    def wait(self) -> None:
+        """Until nothing is being written on this rank."""
+        if self.under_way and self.under_way.is_alive():
+            self.under_way.join()
+
+    def check_saved(self) -> None:
+        """All ranks, after `finish`. Raises InputError where the last save failed."""
+        if self.failure:
+            raise InputError(
+                f"{self.failure}; earlier checkpoints are untouched: make room, or make "
+                f"{self.run_dir} writable, and go on with --resume"
+            )
+
+    def _check_shared(self) -> None:
+        """All ranks, before the first save. Raises InputError where rank 0's directory is not the
+        others'."""
+        if self.shared:
+            return
+        directory = checkpoint.checkpoint_path(self.run_dir, 0).parent
+        if distributed.is_main():
+            with suppress(OSError):  # the save meets it again
+                directory.mkdir(parents=True, exist_ok=True)
         distributed.barrier()
+        seen = distributed.gather_objects([directory.is_dir()])
+        if seen[0] and not all(seen):
+            blind = [rank for rank, sees in enumerate(seen) if not sees]
+            raise InputError(
+                f"ranks {blind} of {len(seen)} do not see {directory}, which rank 0 has made; the "
+                "run directory must be on a file system that all nodes share"
+            )
+        self.shared = True
 
     def _changed_base(self) -> dict[str, Tensor]:
         """All ranks. On the CPU, as an engine may take weights back; full fine-tuning has none, and
@@ -77,26 +183,45 @@ class RunCheckpoints:
         return TrainState(**found.state["train"])
 
     def load_best(self, state: TrainState) -> bool:
-        """All ranks. The weights of the best step; False where no checkpoint has kept them."""
+        """All ranks. The weights of the best step; False where no checkpoint has kept them whole,
+        which rank 0 says."""
         if state.best_step in (None, state.step):
             return True
         path = checkpoint.checkpoint_path(self.run_dir, state.best_step or 0)
-        if not path.exists():
+        damage = checkpoint.find_damage(path) if distributed.is_main() else None
+        [damage, *_] = distributed.gather_objects([damage])
+        if damage:
+            if distributed.is_main():
+                self.say(
+                    f"warning: the best weights, of step {state.best_step}, are lost ({damage}); "
+                    f"those of step {state.step} are taken"
+                )
             return False
-        best = checkpoint.load_checkpoint(path, rank=distributed.rank())
+        best = checkpoint.load_checkpoint(path, rank=distributed.rank(), verify=False)
         self.engine.load_trained(best.tensors["trainable"])
         return True
 
 
 def find_resume_point(run_dir: Path) -> tuple[checkpoint.Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and lines that say what was skipped or not found."""
-    path, skipped = checkpoint.latest_checkpoint(run_dir)
+    """All ranks. The newest checkpoint that verifies, and lines that say what was skipped or not
+    found. Rank 0 looks for it. Raises InputError where another rank cannot read it."""
+    found: list[tuple[Path | None, list[str]]] = []
+    if distributed.is_main():
+        found = [checkpoint.latest_checkpoint(run_dir)]
+    [(path, skipped)] = distributed.gather_objects(found)
     notes = [f"skipped a damaged checkpoint: {line}" for line in skipped]
     if path is None:
-        return None, [*notes, "no checkpoint yet: starting from step 0"]
-    found = checkpoint.load_checkpoint(path, rank=distributed.rank(), verify=False)
-    check_state(found.state, path)
-    return found, [*notes, f"resuming from {path.name}"]
+        none = "no checkpoint is whole" if skipped else "no checkpoint yet"
+        return None, [*notes, f"{none}: starting from step 0"]
+    try:
+        point = checkpoint.load_checkpoint(path, rank=distributed.rank(), verify=False)
+    except FileNotFoundError:
+        raise InputError(
+            f"rank {distributed.rank()} does not see {path}, from which rank 0 resumes; the run "
+            "directory must be on a file system that all nodes share"
+        ) from None
+    check_state(point.state, path)
+    return point, [*notes, f"resuming from {path.name}"]
 
 
 class SavedState(BaseModel):

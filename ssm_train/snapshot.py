@@ -21,6 +21,20 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def copy_tensors(
+    tensors: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """On the CPU, in memory that nothing else changes: that of an earlier copy, `into`, where it is
+    there, since new memory takes several times as long."""
+    copies = {}
+    for name, tensor in tensors.items():
+        copy = (into or {}).get(name)
+        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+            copy = torch.empty_like(tensor, device="cpu", requires_grad=False)
+        copies[name] = copy.copy_(tensor.detach())
+    return copies
+
+
 def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies `tensors` into the trainable parameters; the names must be exactly theirs."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ssm_train.adapters.base import PeftMethod, Prepared
 from ssm_train.adapters.loading import save_model
-from ssm_train.checkpoint import write_atomically
+from ssm_train.durable import write_atomically
 from ssm_train.evaluate import Row
 from ssm_train.loop import Outcome
 from ssm_train.plot import plot_metrics

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
-from ssm_train.checkpoint import write_atomically
+from ssm_train.durable import write_atomically
 from ssm_train.errors import InputError
 from ssm_train.record import describe_environment
 

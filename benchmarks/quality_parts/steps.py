@@ -14,8 +14,8 @@ from typing import Any
 
 from quality_parts.jobs import Found, Job, Options, Results, finite, spread, sweep, table
 from quality_parts.runs import LORA_TARGETS, fine_tune, train_base
-from ssm_train.checkpoint import write_atomically
 from ssm_train.data.tasks.quickstart import BASE_SIZES, FIELDS, NEW_WORDING
+from ssm_train.durable import write_atomically
 
 TITLE = "b. Steps to a loss on a new task"
 METHODS: dict[str, dict[str, Any]] = {

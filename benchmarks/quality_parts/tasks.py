@@ -11,10 +11,10 @@ from typing import Any
 
 from quality_parts.jobs import Found, Job, Options, Results, finite, name_of, spread, sweep, table
 from quality_parts.runs import LORA_TARGETS, fine_tune, train_base
-from ssm_train.checkpoint import write_atomically
 from ssm_train.data import DataSettings
 from ssm_train.data.sources import find_source
 from ssm_train.data.tasks.text import linearise
+from ssm_train.durable import write_atomically
 from ssm_train.errors import InputError
 
 TITLE = "d. SST-2 and DART"

@@ -3,14 +3,13 @@
 import json
 import random
 import shutil
-import threading
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ssm_train import checkpoint
+from ssm_train import checkpoint, durable
 from ssm_train.checkpoint import (
     checkpoint_path,
     find_damage,
@@ -21,6 +20,7 @@ from ssm_train.checkpoint import (
     save_checkpoint,
     write_pointer,
 )
+from ssm_train.durable import sync
 from ssm_train.errors import InputError
 from ssm_train.optim import OptimSettings, build_optimizer
 from ssm_train.snapshot import (
@@ -47,7 +47,9 @@ def tensors_of(value):
 
 def save(run_dir, step, value=None):
     value = step if value is None else value
-    return save_checkpoint(run_dir, step, tensors_of(value), {"tokens": 10 * value})
+    return save_checkpoint(
+        run_dir, step, tensors_of(value), {"tokens": 10 * value}, [collect_rng()]
+    )
 
 
 def value_in(path):
@@ -59,7 +61,7 @@ def value_in(path):
 def points_of(monkeypatch, action):
     names = []
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_point", names.append)
+        patch.setattr(durable, "at_write_point", names.append)
         action()
     return names
 
@@ -94,7 +96,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 def test_an_empty_group_makes_no_file(tmp_path):
-    path = save_checkpoint(tmp_path, 1, {"trainable": {"w": torch.ones(1)}, "base": {}}, {})
+    path = save_checkpoint(tmp_path, 1, {"trainable": {"w": torch.ones(1)}, "base": {}}, {}, [])
     assert not (path / "base.safetensors").exists()
     assert set(load_checkpoint(path).tensors) == {"trainable"}
 
@@ -102,7 +104,7 @@ def test_an_empty_group_makes_no_file(tmp_path):
 def test_tensors_that_share_memory_are_saved_apart(tmp_path):
     flat = torch.arange(6.0)
     views = {"a": flat[:4].view(2, 2), "b": flat[4:], "transposed": flat.view(2, 3).T}
-    loaded = load_checkpoint(save_checkpoint(tmp_path, 1, {"trainable": views}, {}))
+    loaded = load_checkpoint(save_checkpoint(tmp_path, 1, {"trainable": views}, {}, []))
     assert all(torch.equal(loaded.tensors["trainable"][k], v) for k, v in views.items())
 
 
@@ -115,7 +117,7 @@ def test_kill_at_every_write_point_of_the_next_save(tmp_path, monkeypatch):
         run_dir = tmp_path / f"run{index}"
         save(run_dir, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "write_point", kill_at(index))
+            patch.setattr(durable, "at_write_point", kill_at(index))
             with pytest.raises(Killed, match=name):
                 save(run_dir, 2)
         path, skipped = latest_checkpoint(run_dir)
@@ -134,7 +136,7 @@ def test_kill_at_every_write_point_while_the_same_step_is_replaced(tmp_path, mon
         run_dir = tmp_path / f"run{index}"
         save(run_dir, 5, 1)  # the only checkpoint
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "write_point", kill_at(index))
+            patch.setattr(durable, "at_write_point", kill_at(index))
             with pytest.raises(Killed):
                 save(run_dir, 5, 2)
         assert value_in(latest_checkpoint(run_dir)[0]) == (
@@ -149,7 +151,7 @@ def test_kill_while_pruning(tmp_path, monkeypatch):
     for step in (1, 2, 3):
         save(tmp_path, step)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_point", kill_at(0))
+        patch.setattr(durable, "at_write_point", kill_at(0))
         with pytest.raises(Killed):
             prune(tmp_path, keep=1)
     assert value_in(latest_checkpoint(tmp_path)[0]) == 3
@@ -230,36 +232,31 @@ def test_prune_never_removes_the_last_that_is_whole(tmp_path, damage):
     assert value_in(latest_checkpoint(tmp_path)[0]) == 1
 
 
-def test_two_ranks_write_one_checkpoint(tmp_path):
-    barrier = threading.Barrier(2, timeout=20)
-
-    def work(rank):
-        save_checkpoint(
-            tmp_path,
-            4,
-            tensors_of(4) if rank == 0 else {},
-            {"tokens": 40},
-            rank=rank,
-            world_size=2,
-            barrier=barrier.wait,
-        )
-
-    ranks = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in ranks:
-        thread.start()
-    for thread in ranks:
-        thread.join()
-    path, skipped = latest_checkpoint(tmp_path)
-    assert value_in(path) == 4 and skipped == []
-    assert load_checkpoint(path, rank=1).rng is not None
+def test_each_rank_gets_its_own_random_states(tmp_path):
+    rngs = [collect_rng(), collect_rng() | {"cuda": "that of rank 1"}]
+    path = save_checkpoint(tmp_path, 4, tensors_of(4), {"tokens": 40}, rngs)
+    assert latest_checkpoint(tmp_path) == (path, [])
+    assert load_checkpoint(path, rank=1).rng["cuda"] == "that of rank 1"
     assert load_checkpoint(path, rank=1).world_size == 2
     assert load_checkpoint(path, rank=2).rng is None  # resumed on more processes
 
 
-def test_a_run_directory_that_is_not_shared_is_said(tmp_path):
-    with pytest.raises(InputError, match=r"ranks \[1\] of 2"):
-        save_checkpoint(tmp_path, 1, {}, {}, rank=0, world_size=2)
-    assert latest_checkpoint(tmp_path) == (None, [])
+def test_every_file_is_synced_before_the_rename_and_its_name_after(tmp_path, monkeypatch):
+    """A kill loses nothing that was written; a crash of the machine loses what was not synced."""
+    seen = []
+    monkeypatch.setattr(durable, "at_write_point", seen.append)
+    for module in (checkpoint, durable):
+        monkeypatch.setattr(module, "sync", lambda path: (seen.append(path), sync(path)))
+    path = save(tmp_path, 2)
+    partial = path.with_name(path.name + ".tmp")
+    renamed = seen.index("renamed")
+    assert {partial / name for name in FILES} | {partial} == {
+        place for place in seen[:renamed] if not isinstance(place, str)
+    }
+    assert seen[renamed + 1] == path.parent
+    last = seen.index("last written")
+    assert seen[last + 1] == path.with_name("last.tmp")
+    assert seen[seen.index("last renamed") + 1] == path.parent
 
 
 def test_no_file_is_a_pickle(tmp_path):
@@ -326,6 +323,7 @@ def test_steps_saved_and_resumed_equal_a_straight_run_bit_for_bit(tmp_path):
             "optimizer": optimizer_tensors(optimizer, model.named_parameters()),
         },
         {},
+        [collect_rng()],
     )
     run_steps(model, optimizer, range(3, 8))
 
