@@ -26,7 +26,15 @@ from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.engines import Engine
 from ssm_train.errors import InputError
 from ssm_train.evaluate import Evaluation
-from ssm_train.loop import Outcome, Schedule, Training, TrainState, plan_schedule, train
+from ssm_train.loop import (
+    Outcome,
+    Schedule,
+    Training,
+    TrainState,
+    explain_bad_steps,
+    plan_schedule,
+    train,
+)
 from ssm_train.metrics import LOSSES, Progress
 from ssm_train.optim import build_optimizer, describe_rates, same_rate
 from ssm_train.peft.coverage import count_parameters
@@ -58,6 +66,14 @@ class Ready:
     notes: list[str]
     stop: distributed.StopFlag = field(default_factory=distributed.StopFlag)
     """Set by signals from when `run_in` enters it, through all stages."""
+
+    def __post_init__(self) -> None:
+        alone = distributed.world_size() == 1 and self.engine.keeps_gradients
+        if self.cfg.oom == "shrink" and not alone:
+            raise InputError(
+                f"oom: shrink is for one process, and this is {self.engine.name} with "
+                f"{distributed.world_size()}: a step cannot begin again there; set oom: stop"
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -120,6 +136,8 @@ class Stage:
     checkpoints: RunCheckpoints
     state: TrainState
     log: RunLog
+    trouble: str = ""
+    """Where the losses of bad steps come from."""
 
     def evaluate(self, step: int, split: str = "val") -> dict[str, float]:
         """All ranks. Metrics of a split, which the log gets too."""
@@ -146,10 +164,17 @@ class Stage:
             least_metric=dict(least_metric),
             stop=ready.stop,
             cuda_graphs=ready.cuda_graphs,
+            max_bad_steps=cfg.max_bad_steps,
+            spike_threshold=cfg.spike_threshold,
+            say=self.log.bar.say,
+            oom=cfg.oom,
         )
         ready.engine.model.train()  # weights from files come in evaluation mode: no recomputation
         try:
-            return train(training, self.state)
+            outcome = train(training, self.state)
+            if outcome == "bad_loss":
+                self.trouble = explain_bad_steps(training, self.state.step - 1)
+            return outcome
         finally:
             training.drop_graphs()
 
@@ -239,6 +264,7 @@ def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | No
         result = Result(
             outcome, ready.run_dir, stage.state.step, main_metric, {}, {}, None,
             *stage.sizes, time.perf_counter() - began, stage=WARMUP,
+            skipped_steps=stage.state.skipped_steps, trouble=stage.trouble,
         )  # fmt: skip
         if distributed.is_main():
             write_result(result)
@@ -280,6 +306,7 @@ def fit(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result:
         outcome, ready.run_dir, state.step, main_metric, log.before, after, after_step,
         *stage.sizes, seconds, test,
         log.rates, log.rows.get("test") or log.rows.get("val", []),
+        skipped_steps=state.skipped_steps, trouble=stage.trouble,
     )  # fmt: skip
     with ready.engine.whole() as model:
         if complete and distributed.is_main():  # rank 0

@@ -40,7 +40,7 @@ class RunLog:
             for row in self.file.kept:
                 if row["step"] == 0:
                     self.before = read_values(row)
-            self.trackers = Trackers(trackers, run_dir, name, config)
+            self.trackers = Trackers(trackers, run_dir, name, config, bar.say)
 
     def trained(self, row: dict[str, float]) -> None:
         """A row of the loop."""

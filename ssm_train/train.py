@@ -113,7 +113,7 @@ def run_in(
     lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
     lines += [*changes, *ready.notes]
     result = None
-    with ready.stop:
+    with ready.stop, distributed.hear_others():
         if ready.warms_up:
             result = warm_up(ready, main_metric, lines)
             lines = [*ready.notes, str(measure_coverage(ready.subject.prepared.model))]
