@@ -203,6 +203,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     warmup_.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write instead")
 
+    verify_ = add(
+        "verify-resume",
+        commands.verify_resume,
+        "Prove that stopping changes nothing. Trains some steps of a run in one go, and again\n"
+        "killed twice and resumed, in a temporary directory, and compares bit for bit; exits 1\n"
+        "where anything differs, and says what comes first.",
+        "ssm-train verify-resume --cfg cfg/quickstart/gla_lora.yaml --steps 12",
+    )
+    verify_.add_argument(
+        "--cfg", type=Path, required=True, metavar="FILE", help="run config (.yaml or .json)"
+    )
+    verify_.add_argument(
+        "--steps",
+        type=commands.positive,
+        default=6,
+        metavar="N",
+        help="optimizer steps, rounded up to a multiple of 3 (default: 6)",
+    )
+
     add_slurm_arguments(
         add(
             "slurm",

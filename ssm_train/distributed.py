@@ -27,6 +27,7 @@ from ssm_train.errors import InputError
 Precision = Literal["bf16", "fp16", "fp32"]
 SECONDS_BETWEEN_QUESTIONS = 1.0
 SECONDS_TO_HEAR = 10.0
+SECONDS_TO_LEAVE = 2.0
 END = "ssm_train/end"
 """Where a process says why all have to end."""
 ENGINES = ("NO", "MULTI_CPU", "MULTI_GPU")
@@ -168,6 +169,7 @@ def hear_others() -> Iterator[None]:
                 sys.stderr.write(f"error (rank {rank()}): {why}\n")
                 sys.stderr.flush()
                 store.set(f"{END}-{rank()}", "")
+                time.sleep(SECONDS_TO_LEAVE)  # a launcher ends the others when the first one ends
                 os._exit(2)  # the main thread may wait in a collective for ever
 
     thread = Thread(target=listen, name="hear_others", daemon=True)

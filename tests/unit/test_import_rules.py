@@ -32,6 +32,7 @@ COMPOSITION = tuple(
     for name in (
         *("train", "fit", "preflight", "bases", "assemble", "finished", "shape", "warmup", "plan"),
         "scaling",
+        "verify_resume",
         "launch.complete",
         "mamba_peft",
     )
