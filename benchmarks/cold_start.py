@@ -35,7 +35,7 @@ TEXTS = ["the ship is a boat , and the boat sails on .", "a cat sat on the mat"]
 def write_checkpoint(model: str, directory: Path, device: str) -> None:
     spec = ModelSpec(
         new_model=MODELS[model] | SPECIAL, dtype=torch.bfloat16, device=device,
-        init_context=lambda: torch.device(device),
+        place=device,
     )  # fmt: skip
     adapter, _ = registry.resolve(spec)
     prepared: Any = adapter.prepare(spec)

@@ -40,6 +40,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "gla", "hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4,
         "intermediate_size": 5632, "vocab_size": 32000,
     },
+    "gla-7b": {
+        "model_type": "gla", "hidden_size": 4096, "num_hidden_layers": 32, "num_heads": 8,
+        "intermediate_size": 11008, "vocab_size": 32000,
+    },
     "gla-tiny": {
         "model_type": "gla", "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 2,
         "intermediate_size": 256, "vocab_size": 1000,
@@ -65,15 +69,16 @@ def build_model(
     rank: int = 16,
     targets: list[str] | str | None = None,
     recompute: bool | str = False,
+    place: str | None = None,
 ) -> tuple[ModelAdapter, Prepared]:
-    """Random weights, made where they stay: in bf16 with LoRA on `targets` (None: all projections),
-    or, with rank 0, in fp32 and all trained."""
+    """Random weights, made where they stay or in `place`: in bf16 with LoRA on `targets` (None: all
+    projections), or, with rank 0, in fp32 and all trained."""
     spec = ModelSpec(
         new_model=config,
         dtype=torch.bfloat16 if rank else torch.float32,
         device=str(device),
         gradient_checkpointing=recompute,
-        init_context=lambda: torch.device(device),
+        place=place or str(device),
     )
     adapter, _ = registry.resolve(spec)
     prepared = adapter.prepare(spec)
@@ -81,7 +86,8 @@ def build_model(
         given = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
         peft = load_peft(given)
         assert peft is not None
-        peft.make().inject(prepared)
+        with torch.device(spec.place or "cpu"):
+            peft.make().inject(prepared)
     return adapter, prepared
 
 

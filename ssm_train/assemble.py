@@ -160,10 +160,13 @@ class Subject:
     """What was injected, once it was."""
 
 
-def prepare_model(cfg: RunConfig, model: str | None, device: str, *, frozen: bool) -> Subject:
+def prepare_model(
+    cfg: RunConfig, model: str | None, device: str, *, frozen: bool, place: str | None = None
+) -> Subject:
     """The model with its tokenizer, and its adapter.
 
     `frozen`: the weights stay as they are and are stored in `prec`; else they train, in fp32.
+    `place`: see `ModelSpec`.
     """
     with TemporaryDirectory() as directory:
         tokenizer = cfg.tokenizer
@@ -180,11 +183,13 @@ def prepare_model(cfg: RunConfig, model: str | None, device: str, *, frozen: boo
             kernels=select_kernels(cfg),
             gradient_checkpointing=cfg.gradient_checkpointing,
             device=device,
+            place=place,
         )
         adapter, reason = registry.resolve(spec)
         if cfg.packing and "packing" not in adapter.traits.supports:
             raise InputError(f"packing: {adapter.name} models cannot be packed; set packing: false")
         prepared = adapter.prepare(spec)
+        prepared.place = place
     if template := find_chat_template(cfg):
         prepared.tokenizer.chat_template = template  # saved with it
     return Subject(adapter, prepared, reason)

@@ -154,12 +154,8 @@ class DecodingStep:
         """
         device = self.ids.device
         try:
-            with record(
-                device,
-                random=False,  # those who draw are outside
-                stream=recording_stream(device),
-                capture_error_mode="thread_local",  # others may load data meanwhile
-            ) as graph:
+            stream = recording_stream(device)
+            with record(device, random=False, stream=stream) as graph:  # who draws is outside
                 self.output = self._run()
         except NotRecorded as error:
             self.failure = str(error)

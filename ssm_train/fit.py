@@ -84,11 +84,10 @@ class Ready:
         """Whether to record them. Raises InputError where they are asked for and cannot be."""
         cfg = self.cfg
         reason = graphs.obstacle(
-            self.engine.device, cfg.packing, cfg.prec, bool(cfg.gradient_checkpointing),
-            distributed.world_size(),
-        )  # fmt: skip
+            self.engine.device, cfg.packing, cfg.prec, bool(cfg.gradient_checkpointing)
+        )
         if not self.engine.keeps_gradients:
-            reason = f"under {self.engine.name} gradients do not stay in their place"
+            reason = f"under {self.engine.name} gradients cross processes in the backward pass"
         if cfg.cuda_graphs and reason:
             raise InputError(f"cuda_graphs: true cannot be, because {reason}; remove it")
         return cfg.cuda_graphs is not False and reason is None
@@ -281,7 +280,7 @@ def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | No
     ready.found, ready.notes = None, [str(selection)]
     distributed.seed_everything(ready.cfg.seed)
     method.begin_training(ready.subject.prepared, selection)
-    prove_alive(ready)
+    prove_alive(ready, ready.subject.prepared.model)
     return None
 
 

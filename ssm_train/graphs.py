@@ -1,5 +1,5 @@
 """CUDA graphs of forward and backward: what launching thousands of kernels costs is paid once a
-shape. For one process; packed rows have few shapes once their lists are padded.
+shape. Packed rows have few shapes once their lists are padded.
 """
 
 from __future__ import annotations
@@ -25,15 +25,13 @@ Gradients = Callable[[Batch, Tensor], Tensor]
 
 
 def obstacle(
-    device: torch.device, packing: bool, prec: str, gradient_checkpointing: bool, processes: int
+    device: torch.device, packing: bool, prec: str, gradient_checkpointing: bool
 ) -> str | None:
     """Why a run cannot record graphs; None where it can."""
     if device.type != "cuda":
         return f"the device is {device.type}"
     if not packing:
         return "without `packing: true` every batch has another shape"
-    if processes > 1:
-        return f"{processes} processes exchange gradients during the backward pass"
     if prec == "fp16":
         return "with prec fp16 the loss scale is read on the host"
     if gradient_checkpointing:

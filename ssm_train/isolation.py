@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssm_train.adapters.base import Batch, TokenLosses
 from ssm_train.errors import InputError
+from ssm_train.parts import take_norms
 from ssm_train.peft.liveness import fill_zeros, unchanged
 
 LEAK = 1e-6
@@ -104,13 +105,11 @@ def _gradients(model: nn.Module, batch: Batch, token_losses: TokenLosses) -> tup
 
     def keep(output: Tensor) -> Tensor:
         embedded.append(output if output.requires_grad else output.detach().requires_grad_())
+        embedded[-1].retain_grad()
         return embedded[-1]
 
     with torch.enable_grad(), _embeddings(model, keep):
-        loss = token_losses(model, batch).loss
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    by_input, *rest = torch.autograd.grad(loss, [embedded[0], *trainable], allow_unused=True)
-    norms = [
-        loss.new_zeros(()) if gradient is None else gradient.float().norm() for gradient in rest
-    ]
-    return by_input[0].float(), torch.stack(norms)
+        token_losses(model, batch).loss.backward()
+    norms = take_norms(p for p in model.parameters() if p.requires_grad)
+    assert embedded[0].grad is not None
+    return embedded[0].grad[0].float(), norms

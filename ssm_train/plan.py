@@ -121,7 +121,7 @@ def gradients_stay(cfg: RunConfig) -> bool:
     """Whether gradients have memory of their own in the forward pass, on a GPU."""
     processes = distributed.world_size()
     graphs_cannot = graphs.obstacle(
-        torch.device("cuda"), cfg.packing, cfg.prec, bool(cfg.gradient_checkpointing), processes
+        torch.device("cuda"), cfg.packing, cfg.prec, bool(cfg.gradient_checkpointing)
     )
     records = cfg.cuda_graphs is not False and graphs_cannot is None
     return records or cfg.gradient_accumulation_steps > 1 or processes > 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 FULL_ROW = 4096  # tokens from which on kernels choose as they do for longer rows
 
 
-def compile_kernels(ready: Ready) -> None:
+def compile_kernels(ready: Ready, model: nn.Module) -> None:
     """All ranks. What a training step and the proofs launch, before it is compiled one by one."""
     device, prepared = ready.engine.device, ready.subject.prepared
     if device.type != "cuda" or not any("riton" in name for name in prepared.kernels.values()):
@@ -34,17 +35,17 @@ def compile_kernels(ready: Ready) -> None:
     if ready.proves_isolation:
         batches += lay_pair(ready)
     try:
-        with unchanged(prepared.model, training=True), compile_ahead():
+        with unchanged(model, training=True), compile_ahead():
             for batch in batches[:2]:
-                ready.token_losses(prepared.model, batch).loss.backward()
+                ready.token_losses(model, batch).loss.backward()
             with torch.no_grad():
-                ready.token_logits(prepared.model, batches[-1])
+                ready.token_logits(model, batches[-1])
     except Exception as error:  # what is wrong shows again when kernels run
         reason = str(error).partition("\n")[0]
         warnings.warn(f"kernels are compiled one after the other: {reason}", stacklevel=2)
 
 
-def prove_alive(ready: Ready) -> None:
+def prove_alive(ready: Ready, model: nn.Module) -> None:
     """All ranks. Raises InputError naming a trainable tensor without a gradient, or a batch that is
     too large."""
     batch = ready.micro_batches(0)[0]
@@ -52,7 +53,7 @@ def prove_alive(ready: Ready) -> None:
         try:
             with distributed.hear_others(), explain_out_of_memory(batch):
                 return check_liveness(
-                    ready.subject.prepared.model,
+                    model,
                     batch.to(ready.engine.device),
                     ready.token_losses,
                     reduce_max=distributed.reduce_max,
@@ -64,11 +65,11 @@ def prove_alive(ready: Ready) -> None:
             batch = parts[0]
 
 
-def prove_isolated(ready: Ready) -> None:
+def prove_isolated(ready: Ready, model: nn.Module) -> None:
     """All ranks, on the same two documents. Raises InputError where packed ones touch."""
     pair, alone = lay_pair(ready)
     check_isolation(
-        ready.subject.prepared.model, pair, alone, ready.token_losses, ready.token_logits,
+        model, pair, alone, ready.token_losses, ready.token_logits,
         exact=ready.cfg.prec == "fp32" and pair.input_ids.device.type == "cpu",
     )  # fmt: skip
 

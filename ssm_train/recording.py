@@ -25,7 +25,8 @@ def record(
     earlier draw from the old one and must not be replayed. Without it no random number may be
     drawn inside.
 
-    pool: of `torch.cuda.graph_pool_handle`; options: those of `torch.cuda.graph`.
+    pool: of `torch.cuda.graph_pool_handle`; options: those of `torch.cuda.graph`. Other threads,
+    such as NCCL's, may ask CUDA for what they like meanwhile.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     stream = torch.cuda.current_stream(device)
@@ -36,7 +37,7 @@ def record(
         generator.graphsafe_set_state(spare)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool, **options):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local", **options):
             yield graph
     except RuntimeError as error:
         torch.cuda.set_stream(stream)

@@ -13,6 +13,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ssm_train import distributed
 from ssm_train.assemble import (
     Subject,
@@ -146,7 +148,7 @@ def get_ready(
         distributed.build_accelerator(cfg.prec, cfg.device),
         Numbers(
             cfg.prec, 1 if cfg.packing else cfg.batch_size, cfg.gradient_accumulation_steps,
-            cfg.max_grad_norm,
+            cfg.max_grad_norm, trains_all=peft is None and given is None,
         ),
     )  # fmt: skip
     device = engine.device
@@ -156,7 +158,10 @@ def get_ready(
     base = base_id(cfg, run_dir)
     if cfg.resume and cfg.model is not None:
         check_base(run_dir, str(base))
-    subject = given or prepare_model(cfg, base, str(device), frozen=peft is not None)
+    whole = given is not None or (peft is not None and peft.needs_whole_model)
+    subject = given or prepare_model(
+        cfg, base, str(device), frozen=peft is not None, place=None if whole else engine.place
+    )
     data = {split: load_examples(cfg, subject.prepared.tokenizer, split) for split in splits}
     if peft and not given:
         subject.method = peft.make()
@@ -173,18 +178,19 @@ def get_ready(
         check_warmup(cfg, method.warmup_steps, ready.schedule.total_steps)
     if method and found and "base" in found.tensors:  # a resumed run takes its checkpoint's
         method.restore_base(prepared.model, found.tensors["base"])
+    model = prepared.model if whole else engine.spread(prepared.model)
     with tell_compiling(device, say_line):
         began = time.perf_counter()
-        compile_kernels(ready)
+        compile_kernels(ready, model)
         if (seconds := time.perf_counter() - began) > 1:
             ready.notes.append(f"kernels compiled in {seconds:.1f} s")
         if method and not found:
             method.calibrate(prepared, ready.examples(), ready.token_losses)
         began = time.perf_counter()
-        prove_alive(ready)
+        prove_alive(ready, model)
         proven = "every trained tensor is alive"
         if ready.proves_isolation:
-            prove_isolated(ready)
+            prove_isolated(ready, model)
             proven += " and packed documents are apart"
         ready.notes.append(f"{proven}, checked in {time.perf_counter() - began:.1f} s")
     autocast = partial(distributed.autocast, cfg.prec, device)
@@ -207,7 +213,9 @@ def begin(
         method.begin_training(prepared)
         return found, notes
     if method and inject:
-        method.inject(prepared)
+        # What is added to a model without weights has none either.
+        with torch.device("meta") if prepared.place == "meta" else nullcontext():
+            method.inject(prepared)
     if isinstance(method, SdLoraMethod) and cfg.resume:
         found, more = find_resume_point(run_dir / WARMUP)
         notes = [*notes[:-1], *(f"warm-up: {note}" for note in more)]

@@ -84,8 +84,14 @@ class ModelSpec:
     kernels: KernelChoice = "auto"
     gradient_checkpointing: Recompute = False
     device: str = "cpu"
-    init_context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Wraps loading, so that sharded loading (ZeRO-3, meta device) has its place."""
+    """Where the model will run."""
+    place: str | None = None
+    """Where its weights are made and left, if not on `device`: "meta" for a process that gets its
+    part of them from another (ZeRO-3, FSDP2), which reads no file of weights."""
+
+    def init_context(self) -> AbstractContextManager[Any]:
+        """Around what makes a model: weights come into being in their place."""
+        return nullcontext() if self.place is None else torch.device(self.place)
 
 
 @dataclass
@@ -99,6 +105,9 @@ class Prepared:
     """op -> implementation in use, for the log."""
     notes: list[str] = field(default_factory=list)
     """Lines for the log."""
+    place: str | None = None
+    """Where its weights wait to be dealt to all processes (`ModelSpec.place`): only rank 0's count.
+    None: all processes have them."""
 
 
 @dataclass

@@ -223,7 +223,7 @@ def finish(model: Any, spec: ModelSpec, tokenizer: Any, traits: Traits) -> nn.Mo
         recompute_parts(model, spec.gradient_checkpointing)
     elif spec.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    return model.to(spec.device)
+    return model.to(spec.place or spec.device)
 
 
 def head_outputs(

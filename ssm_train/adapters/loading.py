@@ -92,6 +92,7 @@ def load_weights(model_class: Any, spec: ModelSpec) -> Any:
     transformers would fill in random weights with a warning.
     """
     assert spec.model is not None
+    where = {"device_map": "meta"} if spec.place == "meta" else {}
     with spec.init_context(), no_progress_bars(spec.model):
         try:
             model, report = model_class.from_pretrained(
@@ -100,6 +101,7 @@ def load_weights(model_class: Any, spec: ModelSpec) -> Any:
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they come back in the report
+                **where,
             )
         except (OSError, StrictDataclassError) as error:
             raise InputError(f"model: {spec.model}: {' '.join(str(error).split())}") from error

@@ -179,6 +179,10 @@ def load(spec: ModelSpec) -> MambaForCausalLM | Mamba2ForCausalLM:
     """The model of a directory or hub id that mamba_ssm wrote, in fp32."""
     assert spec.model is not None
     config = map_config(loading.read_config(spec.model, spec.revision))
+    model_class = MambaForCausalLM if isinstance(config, MambaConfig) else Mamba2ForCausalLM
+    if spec.place == "meta":
+        with spec.init_context():
+            return model_class(config).eval()
     weights = map_names(read_weights(spec.model, spec.revision))
     tied, embeddings = weights.get("lm_head.weight"), weights.get("backbone.embeddings.weight")
     if config.tie_word_embeddings and embeddings is not None:
@@ -188,7 +192,6 @@ def load(spec: ModelSpec) -> MambaForCausalLM | Mamba2ForCausalLM:
                 "embedding; set tie_embeddings to false in its config.json"
             )
         weights["lm_head.weight"] = embeddings
-    model_class = MambaForCausalLM if isinstance(config, MambaConfig) else Mamba2ForCausalLM
     with spec.init_context():
         model = model_class(config)
         own = model.state_dict()

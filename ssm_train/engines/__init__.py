@@ -61,7 +61,7 @@ def build_engine(accelerator: Any, numbers: Numbers) -> Engine:
     if asked.kind == "replicated":
         from ssm_train.engines.replicated import Replicated
 
-        return Replicated(accelerator)
+        return Replicated(accelerator, numbers.trains_all)
     name = "ZeRO" if asked.kind == "zero" else "FSDP2"
     if numbers.prec == "fp16":
         raise InputError(

@@ -27,13 +27,21 @@ class Engine(Protocol):
     """Its `param_groups` hold the learning rates; there after `prepare`."""
     notes: list[str]
     """For the log, after `prepare`."""
+    place: str | None
+    """Where this process makes the weights of a model that none needs whole, "cpu" on rank 0 and
+    "meta" elsewhere (`adapters.base.ModelSpec.place`); None: on `device`, all of them."""
     keeps_gradients: bool
     """Whether `step` can leave gradients where they are, as CUDA graphs need it."""
     shards_weights: bool
     """Whether a process holds a part of the weights only, so that each forward is collective."""
 
+    def spread(self, bare: nn.Module) -> nn.Module:
+        """A model to prove `bare` by before `prepare` has it, on `device`. Where a process makes
+        its weights in `place`, no process holds all of them in it."""
+
     def prepare(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        """Lays the model over the processes. `bare` is changed; it is on `device`."""
+        """Lays the model over the processes. `bare` is changed; it is on `device`, or went through
+        `spread`."""
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch; `last`: of the optimizer step."""

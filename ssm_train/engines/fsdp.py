@@ -10,11 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ssm_train import snapshot
+from ssm_train.engines import dealing
 from ssm_train.engines.base import MakeOptimizer
 from ssm_train.engines.hollow import HollowModel
+from ssm_train.engines.replicated import average
+from ssm_train.parts import full, like, local
 
 
 class Fsdp:
@@ -28,30 +31,29 @@ class Fsdp:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.place: str | None = dealing.place()
         self.notes: list[str] = []
+        self.hollow: HollowModel | None = None  # once weights are in parts
+
+    def spread(self, bare: nn.Module) -> nn.Module:
+        """`bare` itself, in parts."""
+        self.hollow = HollowModel(bare)
+        shard(bare, *dealing.contents(bare), self.device)
+        return bare
 
     def prepare(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        self.hollow = HollowModel(bare)
-        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
-        sizes: Counter[torch.dtype] = Counter()
-        for parameter in bare.parameters():
-            sizes[parameter.dtype] += parameter.numel()
-        (dtype, _), *_ = sizes.most_common()
-        whole = {p for p in bare.parameters() if p.dtype != dtype}
-        for layer in find_layers(bare):
-            fully_shard(layer, mesh=mesh, ignored_params=whole)
-        fully_shard(bare, mesh=mesh, ignored_params=whole)
+        if self.hollow is None:
+            self.spread(bare)
         self.model = self.bare = bare
         self.optimizer = make_optimizer(bare)
         self.named = {n: p for n, p in bare.named_parameters() if p.requires_grad}
         self.replicated = [p for p in self.named.values() if not isinstance(p, DTensor)]
-        parts = sum(p.numel() for p in bare.parameters() if isinstance(p, DTensor))
+        sizes = {True: 0, False: 0}
+        for parameter in bare.parameters():
+            sizes[isinstance(parameter, DTensor)] += parameter.numel()
         self.notes = [
-            f"FSDP2: {parts:,} parameters ({dtype}) in parts, "
-            f"{sum(p.numel() for p in whole):,} whole on every process"
+            f"FSDP2: {sizes[True]:,} parameters ({main_dtype(bare)}) in parts, "
+            f"{sizes[False]:,} whole on every process"
         ]
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -63,7 +65,7 @@ class Fsdp:
 
     def step(self, max_norm: float, keep_gradients: bool = False) -> Tensor:
         assert not keep_gradients, self.name
-        average([p.grad for p in self.replicated if p.grad is not None])
+        average(self.replicated)
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
         norm = self._norm(gradients)
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -86,6 +88,7 @@ class Fsdp:
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
+        assert self.hollow is not None
         model = self.hollow.fill({name: full(p) for name, p in self.bare.named_parameters()})
         try:
             yield model
@@ -117,41 +120,42 @@ class Fsdp:
         snapshot.load_optimizer_tensors(self.optimizer, parts, self.named.items())
 
     def free(self) -> nn.Module:
+        assert self.hollow is not None
         model = self.hollow.fill({name: full(p) for name, p in self.bare.named_parameters()})
+        self.hollow = None
         del self.model, self.optimizer, self.bare, self.named, self.replicated
         return model
+
+
+def shard(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    device: torch.device,
+) -> None:
+    """All ranks. Lays a model in parts on `device`, layer by layer, with these weights of rank 0.
+    Parameters of another dtype than most stay whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    dtype = main_dtype(model)
+    dealer = dealing.Dealer(model, weights, buffers, device)
+    for part in (*find_layers(model), model):
+        dealer.deal(part)
+        whole = {p for p in part.parameters() if p.dtype != dtype}
+        fully_shard(part, mesh=mesh, ignored_params=whole)
+
+
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """Of most numbers in the model's weights."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0]
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated layers: what the longest list of modules holds."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=[])
-
-
-def average(gradients: list[Tensor]) -> None:
-    """All ranks. In one collective."""
-    if gradients:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for gradient, part in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(part.view_as(gradient))
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def full(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(parameter: Any, value: Tensor) -> Tensor:
-    """A whole value, cut as the parameter is."""
-    if not isinstance(parameter, DTensor):
-        return value
-    value = value.to(parameter.device)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)

@@ -1,12 +1,18 @@
-"""One process, or DDP through Accelerate: each process has all weights and the whole optimizer."""
+"""One process, or data parallel: each process has all weights and the whole optimizer.
+
+Adapters are small: their gradients are averaged once a step, in one collective, and forward and
+backward stay free of them. Gradients of all weights cross while the backward pass goes on, by
+PyTorch's DDP.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssm_train import snapshot
@@ -16,31 +22,45 @@ from ssm_train.engines.base import MakeOptimizer
 class Replicated:
     """See `engines.base.Engine`."""
 
-    shards_weights, keeps_gradients = False, True
+    place: str | None = None
+    shards_weights = False
     model: nn.Module
     optimizer: Any
 
-    def __init__(self, accelerator: Any) -> None:
+    def __init__(self, accelerator: Any, trains_all: bool = False) -> None:
         self.accelerator = accelerator
+        self.overlaps = trains_all and accelerator.num_processes > 1
+        self.averages = not self.overlaps and accelerator.num_processes > 1
+        self.keeps_gradients = not self.overlaps
         self.name = "DDP" if accelerator.num_processes > 1 else "1 process"
         self.device: torch.device = accelerator.device
         self.scaler = accelerator.scaler
         self.notes: list[str] = []
 
+    def spread(self, bare: nn.Module) -> nn.Module:
+        return bare
+
     def prepare(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
         self.bare = bare
         self.own_optimizer = make_optimizer(bare)
-        self.model, self.optimizer = self.accelerator.prepare(bare, self.own_optimizer)
+        self.optimizer = self.accelerator.prepare(self.own_optimizer)
+        self.model = self.accelerator.prepare(bare) if self.overlaps else bare
         self.parameters = [p for p in bare.parameters() if p.requires_grad]
+        if self.averages:  # as DDP does: all begin as rank 0
+            for tensor in (*self.parameters, *bare.buffers()):
+                dist.broadcast(tensor.data, 0)
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients cross processes with the last micro-batch only."""
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
+        hold_back = self.overlaps and not last
+        return self.accelerator.no_sync(self.model) if hold_back else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
     def step(self, max_norm: float, keep_gradients: bool = False) -> Tensor:
+        if self.averages:
+            average(self.parameters)
         norm = self.accelerator.clip_grad_norm_(self.parameters, max_norm)
         if self.scaler is None:
             # Fused AdamW leaves parameters, moments and its step count alone where found_inf is 1:
@@ -69,3 +89,21 @@ class Replicated:
     def free(self) -> nn.Module:
         self.accelerator.free_memory()
         return self.bare
+
+
+def average(parameters: Iterable[nn.Parameter]) -> None:
+    """All ranks. Gradients become their mean over ranks, where they lie; in one collective."""
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:  # this rank's batch did not reach it, another's may have
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(
+        gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
+    )

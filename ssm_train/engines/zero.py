@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssm_train import snapshot
+from ssm_train.engines import dealing, fsdp
 from ssm_train.engines.base import MakeOptimizer
 from ssm_train.engines.hollow import HollowModel
 from ssm_train.engines.zero_config import fill_sizes
@@ -36,7 +37,20 @@ class Zero:
         self.stage = int(config["zero_optimization"]["stage"])
         self.name = f"ZeRO-{self.stage}"
         self.shards_weights = self.stage == 3
+        self.place = dealing.place() if self.shards_weights else None
+        self.contents: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        """Of the model that `spread` got, until `prepare` deals them."""
         self.notes: list[str] = []
+
+    def spread(self, bare: nn.Module) -> nn.Module:
+        """A copy by FSDP2: DeepSpeed's parts cannot do without its optimizer."""
+        if not self.shards_weights:
+            return bare
+        self.contents = dealing.contents(bare)
+        weights, buffers = self.contents
+        copy = HollowModel(bare).model
+        fsdp.shard(copy, dict(weights), buffers, self.device)
+        return copy
 
     def prepare(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
         deepspeed = load_deepspeed(self.device)
@@ -46,6 +60,13 @@ class Zero:
         widest = max(p.shape[-1] for p in bare.parameters() if p.ndim)
         config, filled = fill_sizes(self.config, trained, widest)
         self.notes = [f"{self.name}: {filled}"]
+        if self.contents is not None:
+            deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
+            dealer = dealing.Dealer(bare, *self.contents, self.device)
+            self.contents = None
+            for part in (*fsdp.find_layers(bare), bare):
+                dealer.deal(part)
+                deepspeed.zero.Init(module=part, config_dict_or_path=config)
         self.model, self.optimizer, _, _ = deepspeed.initialize(
             model=bare, optimizer=make_optimizer(bare), config=config, dist_init_required=False
         )

@@ -37,6 +37,7 @@ class Numbers:
     batch_size: int  # of a process; packed: 1, a row
     accumulation: int
     max_grad_norm: float
+    trains_all: bool = False  # weights, not an adapter's alone
 
 
 def read_config(path: Path, numbers: Numbers) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssm_train.adapters.base import Batch, TokenLosses
 from ssm_train.errors import InputError
+from ssm_train.parts import find_zeros, like, local, take_norms
 
 NOISE = 0.02
 """Standard deviation of what stands in for zeros, as large as a common initialisation."""
@@ -26,7 +27,6 @@ def check_liveness(
     may_be_idle: Sequence[str] = (),
     *,
     reduce_max: Callable[[Tensor], Tensor] | None = None,
-    backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> None:
     """One forward and backward in train mode; the model, its gradients and the RNG stay as they
     were, bit for bit.
@@ -34,15 +34,21 @@ def check_liveness(
     Tensors that are all zero (lora_B at the start) hold small noise meanwhile: behind a zero
     factor the other factor has no gradient. `may_be_idle`: name parts or patterns of parameters
     that a batch may miss, such as experts. `reduce_max` takes the gradient norms [P] fp32 of this
-    rank and returns their maximum over ranks, so that all ranks agree. `backward` is the engine's
-    own where there is one. Raises InputError naming the modules without a finite non-zero gradient.
+    rank and returns their maximum over ranks, so that all ranks agree. Raises InputError naming the
+    modules without a finite non-zero gradient.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise InputError("nothing to train: no parameter of the model requires a gradient")
     with unchanged(model, training=True):
         fill_zeros(trainable)
-        loss, norms = _gradient_norms(model, batch, token_losses, trainable, backward)
+        with torch.enable_grad():
+            loss = token_losses(model, batch).loss
+            if loss.requires_grad:
+                loss.backward()
+            loss = loss.detach()
+        norms = take_norms(trainable.values())
+    norms = torch.where(norms.isfinite(), norms, torch.inf)
     if reduce_max is not None:
         norms = reduce_max(norms)
     problems = {
@@ -51,42 +57,7 @@ def check_liveness(
         if (norm == 0 or norm == float("inf")) and not _is_idle(name, may_be_idle)
     }
     if problems:
-        raise InputError(_report(problems, len(trainable), loss, batch.num_targets))
-
-
-def _gradient_norms(
-    model: nn.Module,
-    batch: Batch,
-    token_losses: TokenLosses,
-    trainable: dict[str, nn.Parameter],
-    backward: Callable[[Tensor], object],
-) -> tuple[float, Tensor]:
-    """The loss, and each tensor's gradient norm [P] fp32: 0 without one, inf if not finite.
-
-    Seen by hooks, because an engine that shards gradients leaves `p.grad` empty.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[[Tensor], None]:
-        def record(gradient: Tensor) -> None:
-            norm = gradient.detach().float().norm()
-            norm = torch.where(norm.isfinite(), norm, torch.inf)
-            seen[name] = torch.maximum(seen[name], norm) if name in seen else norm
-
-        return record
-
-    hooks = [parameter.register_hook(watch(name)) for name, parameter in trainable.items()]
-    try:
-        with torch.enable_grad():
-            loss = token_losses(model, batch).loss
-            if loss.requires_grad:
-                backward(loss)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    device = loss.device
-    norms = [seen[name].to(device) if name in seen else loss.new_zeros(()) for name in trainable]
-    return float(loss.detach()), torch.stack([norm.float().detach() for norm in norms])
+        raise InputError(_report(problems, len(trainable), float(loss), batch.num_targets))
 
 
 @contextmanager
@@ -95,7 +66,7 @@ def unchanged(model: nn.Module, *, training: bool) -> Iterator[None]:
     as before."""
     modes = {module: module.training for module in model.modules()}
     gradients = {p: p.grad for p in model.parameters()}
-    zeros = {p: p.detach().clone() for p in model.parameters() if _is_zero(p)}
+    zeros = find_zeros(p for p in model.parameters() if p.requires_grad)
     buffers = {b: b.detach().clone() for b in model.buffers()}
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices, key=str)):
@@ -106,8 +77,10 @@ def unchanged(model: nn.Module, *, training: bool) -> Iterator[None]:
             yield
         finally:
             with torch.no_grad():
-                for tensor, before in (zeros | buffers).items():
-                    tensor.copy_(before)
+                for parameter in zeros:
+                    local(parameter).zero_()
+                for buffer, before in buffers.items():
+                    buffer.copy_(before)
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
             for module, training in modes.items():
@@ -119,16 +92,9 @@ def fill_zeros(trainable: dict[str, nn.Parameter]) -> None:
     # A generator of its own: the same noise on every rank, whatever was drawn before.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in trainable.values():
-            if _is_zero(parameter):
-                noise = torch.randn(parameter.shape, generator=generator) * NOISE
-                parameter.copy_(noise)
-
-
-def _is_zero(parameter: nn.Parameter) -> bool:
-    if not parameter.requires_grad or parameter.is_meta or parameter.numel() == 0:
-        return False
-    return not parameter.detach().any().item()
+        for parameter in find_zeros(trainable.values()):
+            noise = torch.randn(parameter.shape, generator=generator) * NOISE
+            local(parameter).copy_(local(like(parameter, noise)))
 
 
 def _is_idle(name: str, may_be_idle: Sequence[str]) -> bool:

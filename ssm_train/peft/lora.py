@@ -173,7 +173,7 @@ class LoraMethod:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         if settings.changes_base and not settings.starts_from_data:
-            self._keep_start(prepared.model)
+            self._keep_start(prepared)
 
     def calibrate(
         self, prepared: Prepared, batches: Iterable[Batch], token_losses: TokenLosses
@@ -185,11 +185,13 @@ class LoraMethod:
         if self.settings.starts_from_data and not self.initial:
             model = prepared.model
             start_along_gradients(lora_layers(model), model, batches, token_losses, self.settings)
-            self._keep_start(model)
+            self._keep_start(prepared)
 
-    def _keep_start(self, model: nn.Module) -> None:
-        _share_start(model)
-        self.initial = snapshot_initial(model)
+    def _keep_start(self, prepared: Prepared) -> None:
+        if prepared.place is None:
+            _share_start(prepared.model)
+        if prepared.place != "meta":
+            self.initial = snapshot_initial(prepared.model)
 
     def lr_scale(self, name: str) -> float:
         """LoRA+: what the learning rate is multiplied by for the parameter of this name."""

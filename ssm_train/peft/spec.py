@@ -65,6 +65,13 @@ class PeftSpec:
         """The method, ready to be injected into one model."""
         return METHODS[self.peft_type][1](self.settings)
 
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether the method looks at gradients or weights of the model in a stage before the
+        last, so that each process needs all of them."""
+        data = isinstance(self.settings, LoraSettings) and self.settings.starts_from_data
+        return data or self.peft_type in TWO_STAGES
+
     def dump(self) -> dict[str, Any]:
         """The settings that are no defaults, by their JSON names; `load_peft` reads them back."""
         return {"peft_type": self.peft_type, **self.settings.model_dump(exclude_defaults=True)}

@@ -44,6 +44,11 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba_bf16": ("mamba", {"peft": CALM, "prec": "bf16"}),
     "mamba_inf": ("mamba", {"peft": CALM, "max_steps": 6}),
 }
+# On GPUs a few, by the reference, so that there is no other difference than the engine.
+DEVICE = os.environ.get("SSM_TRAIN_TEST_DEVICE", "cpu")
+ON_GPU = ("gla_lora", "mamba_full", "gla_packed", "mamba_accumulated", "gla_stopped_full")
+if DEVICE == "cuda":
+    CASES = {name: CASES[name] for name in ON_GPU}
 SHARDED = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2")
 ENGINES = ("ddp", *SHARDED)
 NAMES = {"ddp": "DDP", "fsdp2": "FSDP2"} | {
@@ -78,7 +83,8 @@ def write(directory: Path, name: str, processes: int, to: str = "") -> Path:
         "tie_word_embeddings": "tied" in name, **MODELS[family],
     }  # fmt: skip
     rate = {} if "peft" in changes else FULL
-    changes = COMMON | rate | {"new_model": model} | changes | cut(name, processes)
+    where = {"device": DEVICE, "kernels": "reference"} if DEVICE == "cuda" else {}
+    changes = COMMON | rate | where | {"new_model": model} | changes | cut(name, processes)
     return write_config(directory, to or name, family, **changes)
 
 
@@ -100,7 +106,7 @@ def start(
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
         LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        ACCELERATE_USE_CPU="true",
+        ACCELERATE_USE_CPU=str(DEVICE == "cpu").lower(),
     )  # fmt: skip
     torch.set_num_threads(1)
     try:

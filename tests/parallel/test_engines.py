@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from engine_runs import (
     CASES,
+    DEVICE,
     ENGINES,
     NAMES,
     ODD,
@@ -24,6 +25,7 @@ from engine_runs import (
 from tiny_runs import assert_same_tensors, exported, losses, metrics, train
 
 STOPPED = [name for name in CASES if "stopped" in name]
+NEAR, TENSORS_NEAR = (1e-5, 1e-6) if DEVICE == "cpu" else (1e-4, 1e-4)
 RESUMING = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
@@ -58,14 +60,14 @@ def results(directory: Path, name: str) -> list[list]:
 
 def assert_same_run(two: Path, one: Path) -> None:
     """Losses, validation, exported weights, generations."""
-    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert losses(two) == pytest.approx(losses(one), abs=NEAR)
     full = not (one / "adapter").exists()
-    assert_same_tensors(exported(two), exported(one), tolerance=1e-5 if full else 1e-6)
+    assert_same_tensors(exported(two), exported(one), tolerance=NEAR if full else TENSORS_NEAR)
     validations = metrics(one, "val")
     assert len(validations) == 2
     for ours, expected in zip(metrics(two, "val"), validations, strict=True):
         assert ours.pop("split") == expected.pop("split")
-        assert ours == pytest.approx(expected, abs=1e-5, rel=1e-5)
+        assert ours == pytest.approx(expected, abs=NEAR, rel=NEAR)
     tokens = [row["tokens"] for row in metrics(one, "train")]
     assert [row["tokens"] for row in metrics(two, "train")] == tokens
     for file in one.glob("predictions-*.jsonl"):
@@ -102,7 +104,7 @@ def test_a_step_with_an_infinite_loss_on_one_rank_is_skipped_by_all(
     assert skipped == [0, 0, 1, 1, 1, 1]
     before = losses(run_directory(alone, "mamba_inf"))
     found = [row["loss"] for row in rows]
-    assert found[:2] == pytest.approx(before[:2], abs=1e-5)
+    assert found[:2] == pytest.approx(before[:2], abs=NEAR)
     assert all(loss == loss for loss in found[3:])  # the weights are numbers
 
 
@@ -111,11 +113,12 @@ def test_it_goes_on_with_one_process_and_with_four(engine: str, alone: Path, und
     directory = under(engine)
     for name in STOPPED:
         assert results(directory, name)[0][0] == "stopped"
-    four = [copy_run(directory, name, 4) for name in STOPPED]
-    spawn(go_on, 4, engine, four)
+    others = (1, 4) if DEVICE == "cpu" else (1,)
+    if 4 in others:
+        spawn(go_on, 4, engine, [copy_run(directory, name, 4) for name in STOPPED])
     for name in STOPPED:
         train(copy_run(directory, name, 1), resume=True)
-        for processes in (1, 4):
+        for processes in others:
             again = run_directory(directory, f"{name}_{processes}")
             assert_same_run(again, run_directory(alone, name))
 

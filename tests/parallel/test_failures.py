@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_runs import ROOT, environment, run_directory, write
+from engine_runs import DEVICE, ROOT, environment, run_directory, write
 
 FAILING = Path(__file__).with_name("failing_rank.py")
 STEP = 3
@@ -21,7 +21,8 @@ def launch(
     config = write(directory, "mamba_lora", 2)
     config.write_text(f"{config.read_text()}watchdog_seconds: {PATIENCE}\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment(engine)}
+    cpu = str(DEVICE == "cpu").lower()
+    variables = {"ACCELERATE_USE_CPU": cpu, "OMP_NUM_THREADS": "1", **environment(engine)}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         [*torchrun, str(FAILING), what, str(step), str(config)],
