@@ -260,6 +260,9 @@ def _dead_settings(cfg: RunConfig) -> Iterator[tuple[str, str]]:
             "warmup_steps",
             f"warmup_steps {cfg.warmup_steps} is more than max_steps {cfg.max_steps}",
         )
+    if cfg.spike_rollbacks and (cfg.no_save or not cfg.spike_threshold):
+        without = "no_save" if cfg.no_save else "spike_threshold 0"
+        yield "spike_rollbacks", f"spike_rollbacks has no effect with {without}; remove one of them"
     needs_eval = (
         *("metric_for_best", "min_eval_metric_after_epoch", "eval_gen", "max_eval_examples"),
         *("eval_at_start", "test_data"),

@@ -145,6 +145,13 @@ class Stage:
         self.log.evaluated(step, split, values, rows)
         return values
 
+    def go_back(self) -> TrainState | None:
+        """All ranks. To the newest checkpoint, and the log with it; None where there is none."""
+        restored = self.checkpoints.go_back()
+        if restored is not None:
+            self.log.go_back(restored.step, restored.tokens)
+        return restored
+
     def train(self, main_metric: str, least_metric: Mapping[int, float]) -> Outcome:
         """All ranks. Through the loop, to the end of the schedule or until something stops it."""
         ready, cfg = self.ready, self.ready.cfg
@@ -165,6 +172,8 @@ class Stage:
             cuda_graphs=ready.cuda_graphs,
             max_bad_steps=cfg.max_bad_steps,
             spike_threshold=cfg.spike_threshold,
+            spike_rollbacks=cfg.spike_rollbacks,
+            go_back=self.go_back,
             say=self.log.bar.say,
             oom=cfg.oom,
         )

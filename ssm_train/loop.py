@@ -64,6 +64,9 @@ class LoopSettings(Settings):
     spike_threshold: float = Field(default=20.0, ge=0)
     """A loss above the median of the last 64 steps by more than this many median deviations from it
     is logged as a spike; 0: never."""
+    spike_rollbacks: int = Field(default=0, ge=0)
+    """How often a run goes back to its newest checkpoint at a loss spike, to go on with the batches
+    after it; 0: never."""
     oom: Literal["stop", "shrink"] = "stop"
     """Out of memory on a batch: stop; shrink: halve such batches, which leaves the gradient as it
     is (one process)."""
@@ -108,6 +111,8 @@ class TrainState:
     skipped_steps: int = 0  # updates skipped because the loss or a gradient was not finite
     spikes: int = 0  # losses far above those before them
     recent_losses: list[float] = field(default_factory=list)  # what a spike is measured by
+    rollbacks: int = 0  # times that the run went back to a checkpoint
+    passed_over: int = 0  # steps' batches that were left out by it
     best_step: int | None = None
     best: dict[str, float] = field(default_factory=dict)  # all metrics of the best step
 
@@ -132,15 +137,22 @@ class Training:
     cuda_graphs: bool = False
     max_bad_steps: int = 10
     spike_threshold: float = 0.0
+    spike_rollbacks: int = 0
+    go_back: Callable[[], TrainState | None] = lambda: None  # all ranks; to the newest checkpoint
     say: Callable[[str], None] = print
     oom: Literal["stop", "shrink"] = "stop"
     too_large: float = math.inf  # elements of the smallest batch that memory did not suffice for
+    passed_over: int = 0  # as TrainState says
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.engine.model.parameters() if p.requires_grad]
         self.gradients: Gradients = partial(add_gradients, self)
         if self.cuda_graphs:
             self.gradients = GradientGraphs(self.gradients, self.parameters)
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's part of optimizer step `step`, past those that were left out."""
+        return self.micro_batches(step + self.passed_over)
 
     def forget_gradients(self) -> None:
         """Of a step that begins again, with all memory that it took."""
@@ -165,6 +177,7 @@ def train(run: Training, state: TrainState) -> Outcome:
     unread: list[Report] = []
     spikes: list[tuple[float, int]] = []  # since the last row of the log
     while state.step < schedule.total_steps:
+        run.passed_over = state.passed_over
         unread.append(train_step(run, state.step))
         state.step += 1
         step = state.step
@@ -176,7 +189,7 @@ def train(run: Training, state: TrainState) -> Outcome:
 
         # The status of a step is read one step late, so that the host never waits for the device;
         # only where something is written does it have to be complete.
-        stop, complete = False, due_log or due_eval or due_save
+        stop, spiked, complete = False, False, due_log or due_eval or due_save
         while len(unread) > (0 if complete or stop else 1):
             status = unread.pop(0).read()
             stop |= status.stop
@@ -187,9 +200,15 @@ def train(run: Training, state: TrainState) -> Outcome:
             if is_spike(status.loss, state.recent_losses, run.spike_threshold):
                 state.spikes += 1
                 spikes.append((status.loss, step - len(unread)))
+                spiked = True
             remember(status.loss, state.recent_losses)
         if state.bad_steps >= run.max_bad_steps:
             return "bad_loss"
+        if spiked and not stop and pass_over(run, state, spikes):
+            unread.clear()
+            spikes.clear()
+            clock = time.perf_counter()
+            continue
 
         if due_log:
             now = time.perf_counter()
@@ -230,6 +249,24 @@ def train(run: Training, state: TrainState) -> Outcome:
     return "finished"
 
 
+def pass_over(run: Training, state: TrainState, spikes: list[tuple[float, int]]) -> bool:
+    """All ranks. Puts the run back to its newest checkpoint, from where it goes on with batches
+    that it has not seen; False where there is none, or after `spike_rollbacks` times."""
+    if state.rollbacks >= run.spike_rollbacks or (restored := run.go_back()) is None:
+        return False
+    restored.passed_over = state.passed_over + state.step - restored.step
+    restored.rollbacks, restored.spikes = state.rollbacks + 1, state.spikes
+    run.say(
+        f"{describe(spikes, state.recent_losses)}: back to step {restored.step}, and past the "
+        f"batches of {state.step - restored.step} steps ({restored.rollbacks} of "
+        f"{run.spike_rollbacks} times)"
+    )
+    vars(state).update(vars(restored))
+    if run.save:
+        run.save(state)  # else a kill would bring them back
+    return True
+
+
 @dataclass
 class Status:
     """One optimizer step, summed over all processes."""
@@ -260,7 +297,7 @@ def train_step(run: Training, step: int) -> Report:
     so that accumulation, the number of processes and padding change nothing.
     """
     engine, device = run.engine, run.engine.device
-    batches = run.micro_batches(step)
+    batches = run.batches(step)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr_at(step, run.schedule.decay_steps, run.optim)
 
@@ -325,7 +362,7 @@ def loss_of(run: Training, batch: Batch) -> torch.Tensor:
 def explain_bad_steps(run: Training, step: int) -> str:
     """All ranks. Where in optimizer step `step`, the last of too many bad ones, a value first is
     not finite."""
-    batches = (batch.to(run.engine.device) for batch in run.micro_batches(step))
+    batches = (batch.to(run.engine.device) for batch in run.batches(step))
     return find_not_finite(run.engine.model, batches, partial(loss_of, run))
 
 

@@ -85,6 +85,13 @@ class RunLog:
         if rows:
             write_predictions(self.run_dir, split, step, rows)
 
+    def go_back(self, step: int, tokens: int) -> None:
+        """The run stands at an earlier step again: later rows go."""
+        self.rate = TokenRate(tokens)
+        if self.main:
+            self.file.close()
+            self.file = MetricsLog(self.run_dir / "metrics.jsonl", resume_step=step)
+
     def close(self) -> None:
         if self.main:
             self.file.close()

@@ -19,7 +19,7 @@ from ssm_train.engines.replicated import Replicated
 from ssm_train.errors import InputError
 from ssm_train.loop import Training
 from ssm_train.resume import find_resume_point
-from ssm_train.runlog import RunLog
+from ssm_train.runlog import RunLog, observed
 
 CALM = LORA | {"lora_dropout": 0.0}
 MLP = "base_model.model.model.layers.1.mlp"
@@ -123,6 +123,88 @@ def test_too_many_of_them_end_the_run_and_say_where(where, named, tmp_path, monk
     kept = load_checkpoint(result.run_dir / "checkpoints" / "step-00000004").tensors
     good = load_checkpoint(result.run_dir / "checkpoints" / "step-00000002").tensors
     assert all(torch.equal(kept["trainable"][name], t) for name, t in good["trainable"].items())
+
+
+# ---------------------------------------------------------------- spikes
+
+
+def poison(monkeypatch, first: int, last: int) -> list[tuple[int, int]]:
+    """Batches `first` to `last` (from 0) have huge losses. Returns (optimizer step, batch) of every
+    step, from 1 and from 0."""
+    seen: list[tuple[int, int]] = []
+    now: list[int] = []
+    made, step, of = fit.make_batches, loop.train_step, loop.loss_of
+
+    def make_batches(*given):
+        now.append(given[-1])
+        return made(*given)
+
+    def train_step(run, number):
+        report = step(run, number)
+        seen.append((number + 1, now[-1]))
+        return report
+
+    monkeypatch.setattr(fit, "make_batches", make_batches)
+    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(
+        loop, "loss_of",
+        lambda run, batch: of(run, batch) * (100 if first <= now[-1] <= last else 1),
+    )  # fmt: skip
+    return seen
+
+
+def test_a_run_goes_back_at_a_spike_and_past_its_batches(tmp_path, monkeypatch, capsys):
+    changes = {"max_steps": 50, "save_steps": 10, "skip_eval": True, "eval_steps": 99}
+    seen = poison(monkeypatch, 43, 44)
+    config = write_config(tmp_path, "back", "mamba", **changes, logging_steps=5, spike_rollbacks=2)
+    result = train(config)
+    # The loss of batch 43 is read with the log of step 45.
+    assert seen == [
+        *((k, k - 1) for k in range(1, 46)), *((k, k + 4) for k in range(41, 51))
+    ]  # fmt: skip
+    rows = metrics(result.run_dir)
+    assert [row["step"] for row in rows] == [*range(5, 55, 5)]
+    assert rows[-1]["spikes"] == 2 and max(row["loss"] for row in rows) < 10
+    assert all(
+        json.loads(line)["tokens_per_second"] > 0
+        for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()
+    )
+    said = capsys.readouterr().out
+    assert ": back to step 40, and past the batches of 5 steps (1 of 2 times)" in said
+    state = find_resume_point(result.run_dir)[0].state["train"]
+    assert (state["rollbacks"], state["passed_over"], state["step"]) == (1, 5, 50)
+
+
+def test_a_run_goes_back_so_often_and_no_more(tmp_path, monkeypatch):
+    seen = poison(monkeypatch, 43, 99)
+    config = write_config(
+        tmp_path, "back", "mamba", max_steps=50, save_steps=10, skip_eval=True, spike_rollbacks=2
+    )
+    result = train(config)
+    assert result.outcome == "finished" and len(seen) == 44 + 1 + 1 + 9
+    state = find_resume_point(result.run_dir)[0].state["train"]
+    assert (state["rollbacks"], state["passed_over"]) == (2, 5)
+
+
+def test_what_was_passed_over_stays_so_after_a_kill(tmp_path, monkeypatch):
+    changes = {"max_steps": 50, "save_steps": 10, "skip_eval": True, "spike_rollbacks": 2}
+    with monkeypatch.context() as patch:
+        poison(patch, 43, 44)
+        whole = train(write_config(tmp_path, "whole", "mamba", **changes))
+    poison(monkeypatch, 43, 44)
+    config = write_config(tmp_path, "killed", "mamba", **changes)
+
+    rows = []
+
+    def die(run_dir, row):
+        rows.append(row["step"])
+        if rows.count(42) == 2:  # after the run went back, before it saves in the course of things
+            raise KeyboardInterrupt
+
+    with observed(die), pytest.raises(KeyboardInterrupt):
+        train(config)
+    again = train(config, resume=True)
+    assert_same_run(again.run_dir, whole.run_dir)
 
 
 # ---------------------------------------------------------------- memory
