@@ -121,7 +121,9 @@ def print_summary(result: Result, say: Any) -> None:
     }
     rows = [("outcome", endings[result.outcome])]
     if result.skipped_steps:
-        rows.append(("skipped", f"{result.skipped_steps} steps, whose gradient was not finite"))
+        rows.append(
+            ("skipped steps", f"{result.skipped_steps}, with a gradient that was not finite")
+        )
     if result.before:
         rows.append((f"{name} before", f"{result.before[name]:.4g}"))
     if result.after:
