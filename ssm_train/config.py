@@ -18,7 +18,6 @@ from ssm_train.data import DataSettings
 from ssm_train.errors import InputError, near
 from ssm_train.evaluate import EvalSettings
 from ssm_train.explain import Provenance, explain, find_place
-from ssm_train.loop import LoopSettings
 from ssm_train.metrics import TRACKERS, MetricsSettings
 from ssm_train.optim import OptimSettings
 from ssm_train.overrides import (
@@ -29,6 +28,7 @@ from ssm_train.overrides import (
     read_variables,
     set_at,
 )
+from ssm_train.schedule import LoopSettings
 from ssm_train.settings import Settings
 from ssm_train.strict_yaml import Document, dump, read_document
 

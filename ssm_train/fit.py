@@ -26,15 +26,7 @@ from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.engines import Engine
 from ssm_train.errors import InputError
 from ssm_train.evaluate import Evaluation
-from ssm_train.loop import (
-    Outcome,
-    Schedule,
-    Training,
-    TrainState,
-    explain_bad_steps,
-    plan_schedule,
-    train,
-)
+from ssm_train.loop import Outcome, Training, TrainState, explain_bad_steps, train
 from ssm_train.metrics import LOSSES, Progress
 from ssm_train.optim import build_optimizer, describe_rates, same_rate
 from ssm_train.peft.coverage import count_parameters
@@ -46,6 +38,7 @@ from ssm_train.record import WARMUP
 from ssm_train.resume import RunCheckpoints
 from ssm_train.runlog import RunLog
 from ssm_train.scaling import warn_of_parts
+from ssm_train.schedule import Schedule, plan_schedule
 from ssm_train.summary import Result, export_weights, print_summary, write_result
 from ssm_train.watchdog import beat, watch
 

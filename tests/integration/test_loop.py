@@ -11,8 +11,9 @@ from torch import nn
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch, LossSum
 from ssm_train.engines.replicated import Replicated
-from ssm_train.loop import LoopSettings, Schedule, Training, TrainState, plan_schedule, train
+from ssm_train.loop import Training, TrainState, train
 from ssm_train.optim import OptimSettings, build_optimizer
+from ssm_train.schedule import LoopSettings, Schedule, plan_schedule
 
 VOCAB = 13
 DOCUMENTS = [torch.arange(n) * (n + 3) % VOCAB for n in (9, 2, 5, 14, 3, 7, 11, 4)]
