@@ -162,9 +162,12 @@ def hear_others() -> Iterator[None]:
 
     def listen() -> None:
         while not done.wait(SECONDS_BETWEEN_QUESTIONS):
-            if not store.check([END]):
-                continue
-            who, why = json.loads(store.get(END))
+            try:
+                if not store.check([END]):
+                    continue
+                who, why = json.loads(store.get(END))
+            except RuntimeError:  # the process that keeps the store has ended
+                return
             if who != rank():
                 sys.stderr.write(f"error (rank {rank()}): {why}\n")
                 sys.stderr.flush()
