@@ -44,7 +44,6 @@ from collectives import CollectiveCount  # noqa: E402  the tests count with it t
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 TRAINS = ("lora", "full")
-WARM = 6  # a shape of rows runs once and is recorded once before it is replayed
 
 
 @contextmanager
@@ -97,7 +96,7 @@ def measure(
     torch.cuda.empty_cache()
     batches = make_steps(
         argparse.Namespace(
-            steps=arguments.steps * world, warmup=(WARM + 1) * world, rows="packed",
+            steps=arguments.steps * world, warmup=(arguments.warmup + 1) * world, rows="packed",
             tokens=arguments.tokens,
         ),
         config["vocab_size"],
@@ -111,17 +110,17 @@ def measure(
     )  # fmt: skip
     engine.model.train()
     rates, losses = [], []
-    for step in range(arguments.steps + WARM):
+    for step in range(arguments.steps + arguments.warmup):
         began = time.perf_counter()
         status = train_step(run, step).read()
         seconds = time.perf_counter() - began
         losses.append(status.loss)
-        if step >= WARM:
+        if step >= arguments.warmup:
             rates.append(status.tokens / seconds)
     peak = peak_memory_gib()
     run.drop_graphs()
     with torch.autograd.set_multithreading_enabled(False), CollectiveCount() as counted:
-        train_step(replace(run, cuda_graphs=False), arguments.steps + WARM)
+        train_step(replace(run, cuda_graphs=False), arguments.steps + arguments.warmup)
     planned = {part.engine: part for part in scaling.divide(weights, world, 1)}.get(engine.name)
     if isinstance(engine, Zero):
         engine.model.destroy()
@@ -167,6 +166,7 @@ def launch(model: str, gpus: int, engines: list[str], arguments: argparse.Namesp
     part = arguments.out.with_name(f"{arguments.out.stem}-{model}-{gpus}.json")
     config = ROOT / f"accelerate_configs/one_node/{'ddp' if gpus > 1 else 'single'}_bf16.yaml"
     options = ["--tokens", str(arguments.tokens), "--steps", str(arguments.steps)]
+    options += ["--warmup", str(arguments.warmup)]
     if arguments.recompute:
         options += ["--recompute", arguments.recompute]
     subprocess.run(
@@ -188,6 +188,10 @@ def main() -> None:
     parser.add_argument("--trains", nargs="+", choices=TRAINS, default=list(TRAINS))
     parser.add_argument("--tokens", type=int, default=16384, help="of a row, one a GPU")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument(
+        "--warmup", type=int, default=6,
+        help="steps before: rows of a shape run and are recorded before they are replayed",
+    )  # fmt: skip
     parser.add_argument("--recompute", choices=("mixer", "mlp", "all"), help="to save memory")
     parser.add_argument("--no-single", action="store_true", help="without one GPU alone")
     parser.add_argument("--out", type=Path, required=True)

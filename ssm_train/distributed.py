@@ -228,6 +228,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_of_host() -> int:
+    """How many were started on this host; 1 where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def build_accelerator(prec: Precision, device: str) -> Any:
     """The Accelerator of this process; `device` is "auto", "cpu", "cuda" or "cuda:1".
 

@@ -75,7 +75,7 @@ def build_engine(accelerator: Any, numbers: Numbers) -> Engine:
     from ssm_train.engines.zero import Zero
 
     assert asked.ds_config is not None
-    return Zero(accelerator.device, read_config(asked.ds_config, numbers))
+    return Zero(accelerator.device, read_config(asked.ds_config, numbers), numbers.prec)
 
 
 def check_launch(said: Statement, asked: Asked, prec: str) -> None:

@@ -1,8 +1,8 @@
 """One process, or data parallel: each process has all weights and the whole optimizer.
 
-Adapters are small: their gradients are averaged once a step, in one collective, and forward and
-backward stay free of them. Gradients of all weights cross while the backward pass goes on, by
-PyTorch's DDP.
+Gradients are averaged after the last backward pass of a step, so that forward and backward can be
+CUDA graphs. Only between hosts, and where all weights train, does that take longer than graphs
+save: there gradients cross while the backward pass goes on, by PyTorch's DDP.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssm_train import snapshot
+from ssm_train import distributed, snapshot
 from ssm_train.engines.base import MakeOptimizer
+
+LARGE = 1_000_000  # elements of what crosses by itself
+BUCKET = 50_000_000  # elements of small ones that cross together
 
 
 class Replicated:
@@ -29,8 +32,9 @@ class Replicated:
 
     def __init__(self, accelerator: Any, trains_all: bool = False) -> None:
         self.accelerator = accelerator
-        self.overlaps = trains_all and accelerator.num_processes > 1
-        self.averages = not self.overlaps and accelerator.num_processes > 1
+        world = accelerator.num_processes
+        self.overlaps = trains_all and world > distributed.processes_of_host()
+        self.averages = not self.overlaps and world > 1
         self.keeps_gradients = not self.overlaps
         self.name = "DDP" if accelerator.num_processes > 1 else "1 process"
         self.device: torch.device = accelerator.device
@@ -92,18 +96,37 @@ class Replicated:
 
 
 def average(parameters: Iterable[nn.Parameter]) -> None:
-    """All ranks. Gradients become their mean over ranks, where they lie; in one collective."""
+    """All ranks. Gradients become their mean over ranks, where they lie."""
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:  # this rank's batch did not reach it, another's may have
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    if not gradients:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(
-        gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
-    )
+    under_way = []
+    for some in in_buckets(gradients):
+        alone = len(some) == 1 and some[0].is_contiguous()
+        flat = some[0] if alone else torch.cat([gradient.flatten() for gradient in some])
+        under_way.append((dist.all_reduce(flat, async_op=True), flat, some))
+    for work, flat, some in under_way:
+        work.wait()
+        flat /= dist.get_world_size()
+        if flat is not some[0]:
+            parts = flat.split([gradient.numel() for gradient in some])
+            torch._foreach_copy_(some, [p.view_as(g) for p, g in zip(parts, some, strict=True)])
+
+
+def in_buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Large ones alone, small ones together."""
+    small: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if tensor.numel() >= LARGE:
+            yield [tensor]
+            continue
+        small.append(tensor)
+        size += tensor.numel()
+        if size >= BUCKET:
+            yield small
+            small, size = [], 0
+    if small:
+        yield small

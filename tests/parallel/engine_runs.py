@@ -46,12 +46,12 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # On GPUs a few, by the reference, so that there is no other difference than the engine.
 DEVICE = os.environ.get("SSM_TRAIN_TEST_DEVICE", "cpu")
-ON_GPU = ("gla_lora", "mamba_full", "gla_packed", "mamba_accumulated", "gla_stopped_full")
+ON_GPU = ("gla_lora", "mamba_full", "gla_packed", "mamba_lora", "gla_stopped_full")
 if DEVICE == "cuda":
     CASES = {name: CASES[name] for name in ON_GPU}
 SHARDED = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2")
-ENGINES = ("ddp", *SHARDED)
-NAMES = {"ddp": "DDP", "fsdp2": "FSDP2"} | {
+ENGINES = ("ddp", "ddp_hosts", *SHARDED)
+NAMES = {"ddp": "DDP", "ddp_hosts": "DDP", "fsdp2": "FSDP2"} | {
     f"zero{stage}{offload}": f"ZeRO-{stage}" for stage in (1, 2, 3) for offload in ("", "_offload")
 }
 
@@ -60,6 +60,8 @@ def environment(engine: str) -> dict[str, str]:
     """What a launcher sets for an engine."""
     if engine == "ddp":
         return {}
+    if engine == "ddp_hosts":  # a process a host, as far as they know
+        return {"LOCAL_WORLD_SIZE": "1"}
     if engine == "fsdp2":
         return {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     config = str(ROOT / "ds_configs" / f"{engine}.json")
@@ -133,6 +135,37 @@ def run_all(engine: str, directory: Path, names: Sequence[str]) -> None:
         (directory / f"{name}-{rank}.json").write_text(
             json.dumps([result.outcome, result.steps, result.after, result.test])
         )
+
+
+def see_precision(engine: str, config: Path) -> None:
+    """Each rank. The dtypes that projections give in training, where DeepSpeed's engine finds that
+    autocast is on and switches it off, as it does on a GPU."""
+    from ssm_train.adapters import common
+
+    os.environ.update(environment(engine))
+    seen: set[torch.dtype] = set()
+    project = common.project
+
+    def watch(x: Any, *projections: Any) -> Any:
+        outputs = project(x, *projections)
+        seen.update(output.dtype for output in outputs)
+        return outputs
+
+    common.project = watch
+    if engine.startswith("zero"):
+        from contextlib import contextmanager
+
+        from deepspeed.runtime import engine as deepspeed_engine
+
+        @contextmanager
+        def off(_: Any) -> Any:
+            with torch.autocast(DEVICE, enabled=False):
+                yield
+
+        deepspeed_engine.autocast_if_enabled = off
+    train(config, max_steps=2, skip_eval=True, no_save=True)
+    file = config.with_name(f"precision-{os.environ['RANK']}.txt")
+    file.write_text(" ".join(map(str, seen)))
 
 
 def try_raw_reads(engine: str, config: Path) -> None:

@@ -17,6 +17,7 @@ from engine_runs import (
     go_on,
     run_all,
     run_directory,
+    see_precision,
     spawn,
     try_cast,
     try_raw_reads,
@@ -91,6 +92,14 @@ def test_a_bf16_base_under_fp32_adapters(engine: str, name: str, alone: Path, un
     assert losses(two) == pytest.approx(losses(one), abs=2e-2)
     assert {str(t.dtype) for t in exported(two).values()} == {"torch.float32"}
     assert losses(two)[-1] < losses(two)[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_model_computes_in_the_run_s_precision(engine: str, tmp_path: Path) -> None:
+    """Also where an engine switches autocast off around it, as DeepSpeed does on a GPU."""
+    spawn(see_precision, 2, engine, write(tmp_path, "gla_bf16", 2))
+    for rank in (0, 1):
+        assert set((tmp_path / f"precision-{rank}.txt").read_text().split()) == {"torch.bfloat16"}
 
 
 @pytest.mark.parametrize("engine", ENGINES)

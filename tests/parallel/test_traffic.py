@@ -37,6 +37,7 @@ RELEASED = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 HALF = {"stage3_max_reuse_distance": 400_000, "stage3_prefetch_bucket_size": 0}
 ENGINES: dict[str, tuple[str, dict[str, int]]] = {
     "DDP": ("ddp", {}),
+    "DDP, several hosts": ("ddp_hosts", {}),
     "ZeRO-1": ("zero1", {}),
     "ZeRO-2": ("zero2", {}),
     "ZeRO-3": ("zero3", {}),
