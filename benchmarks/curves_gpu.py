@@ -27,9 +27,10 @@ from ssm_train.adapters import registry
 from ssm_train.adapters.base import Batch, ModelSpec
 from ssm_train.data.batches import collate, pack
 from ssm_train.engines.replicated import Replicated
-from ssm_train.loop import Schedule, Training, train_step
+from ssm_train.loop import Training, train_step
 from ssm_train.optim import OptimSettings, build_optimizer
 from ssm_train.record import describe_environment
+from ssm_train.schedule import Schedule
 
 BATCH, BATCHES = 16, 10
 ROW = 8192

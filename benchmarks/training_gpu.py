@@ -34,9 +34,10 @@ from ssm_train.adapters.base import Batch
 from ssm_train.data.batches import pack
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.engines.replicated import Replicated
-from ssm_train.loop import Schedule, Training, train_step
+from ssm_train.loop import Training, train_step
 from ssm_train.optim import OptimSettings, build_optimizer
 from ssm_train.record import describe_environment
+from ssm_train.schedule import Schedule
 
 RANK = 16
 ROW = 16_384  # the default of tokens_per_batch

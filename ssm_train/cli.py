@@ -217,6 +217,46 @@ def build_parser() -> argparse.ArgumentParser:
     )
     warmup_.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write instead")
 
+    verify_ = add(
+        "verify-resume",
+        commands.verify_resume,
+        "Prove that stopping changes nothing. Trains some steps of a run in one go, and again\n"
+        "killed twice and resumed, in a temporary directory, and compares bit for bit; exits 1\n"
+        "where anything differs, and says what comes first.",
+        "ssm-train verify-resume --cfg cfg/quickstart/gla_lora.yaml --steps 12",
+    )
+    verify_.add_argument(
+        "--cfg", type=Path, required=True, metavar="FILE", help="run config (.yaml or .json)"
+    )
+    verify_.add_argument(
+        "--steps",
+        type=commands.positive,
+        default=6,
+        metavar="N",
+        help="optimizer steps, rounded up to a multiple of 3 (default: 6)",
+    )
+
+    rerun_ = add(
+        "rerun",
+        commands.rerun,
+        "Repeat a run from its record. Says what differs (versions, hardware, data), trains in a\n"
+        "new directory, and compares the first losses with those recorded; exits 1 where they\n"
+        "differ.",
+        "ssm-train rerun output/benchmark/quickstart_seed42/gla_lora",
+    )
+    rerun_.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
+    rerun_.add_argument("--out", type=Path, help="new directory (default: RUN_DIR-rerun)")
+    rerun_.add_argument(
+        "--losses",
+        type=commands.positive,
+        default=20,
+        metavar="N",
+        help="of the log, that are compared (default: 20)",
+    )
+    rerun_.add_argument(
+        "--whole", action="store_true", help="go on to the end; else it stops there and saves"
+    )
+
     add_slurm_arguments(
         add(
             "slurm",

@@ -170,6 +170,37 @@ def warmup(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def verify_resume(arguments: argparse.Namespace) -> int:
+    from ssm_train.config import load_config
+
+    cfg, _ = load_config(arguments.cfg, {}, os.environ)
+
+    from ssm_train.verify_resume import verify
+
+    difference = verify(cfg, arguments.steps, print)
+    if difference is not None:
+        print(f"not the same: {difference}")
+        return FAILED
+    print(
+        "the same, bit for bit: examples and losses of every step, parameters, optimizer and "
+        "random states"
+    )
+    return DONE
+
+
+def rerun(arguments: argparse.Namespace) -> int:
+    run_dir = existing(arguments.run_dir).resolve()
+    out = arguments.out or run_dir.with_name(f"{run_dir.name}-rerun")
+
+    from ssm_train.rerun import rerun
+
+    difference = rerun(run_dir, out.resolve(), arguments.losses, arguments.whole, print)
+    if difference is not None:
+        print(f"not the same: {difference}")
+        return FAILED
+    return DONE
+
+
 def slurm(arguments: argparse.Namespace) -> int:
     from ssm_train.launch.slurm import Job, find_accelerate_config, write_job
 

@@ -18,7 +18,6 @@ from ssm_train.data import DataSettings
 from ssm_train.errors import InputError, near, whole_number
 from ssm_train.evaluate import EvalSettings
 from ssm_train.explain import Provenance, explain, find_place
-from ssm_train.loop import LoopSettings
 from ssm_train.metrics import TRACKERS, MetricsSettings
 from ssm_train.optim import OptimSettings
 from ssm_train.overrides import (
@@ -29,6 +28,7 @@ from ssm_train.overrides import (
     read_variables,
     set_at,
 )
+from ssm_train.schedule import LoopSettings
 from ssm_train.secrets import refuse_secrets
 from ssm_train.settings import Settings
 from ssm_train.strict_yaml import Document, dump, read_document
@@ -268,6 +268,9 @@ def _dead_settings(cfg: RunConfig) -> Iterator[tuple[str, str]]:
             "warmup_steps",
             f"warmup_steps {cfg.warmup_steps} is more than max_steps {cfg.max_steps}",
         )
+    if cfg.spike_rollbacks and (cfg.no_save or not cfg.spike_threshold):
+        without = "no_save" if cfg.no_save else "spike_threshold 0"
+        yield "spike_rollbacks", f"spike_rollbacks has no effect with {without}; remove one of them"
     needs_eval = (
         *("metric_for_best", "min_eval_metric_after_epoch", "eval_gen", "max_eval_examples"),
         *("eval_at_start", "test_data"),

@@ -6,14 +6,17 @@ The functions below work in one process and in many; nothing else in the package
 from __future__ import annotations
 
 import _thread
+import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Event, Thread
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -26,6 +29,10 @@ from ssm_train.errors import InputError
 T = TypeVar("T")
 Precision = Literal["bf16", "fp16", "fp32"]
 SECONDS_BETWEEN_QUESTIONS = 1.0
+SECONDS_TO_HEAR = 10.0
+SECONDS_TO_LEAVE = 2.0
+END = "ssm_train/end"
+"""Where a process says why all have to end."""
 ENGINES = ("NO", "MULTI_CPU", "MULTI_GPU")
 """Accelerate's distributed types that we build on."""
 ENGINE_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
@@ -144,6 +151,58 @@ def work_together(work: Callable[[], None] | None) -> None:
                 raise failures[0]
             if all(done for done, _ in everyone):
                 return
+
+
+def end_others(why: str) -> None:
+    """One rank. Ends every other process that is inside `hear_others` with this line, also where it
+    waits in a collective; returns when they know, or after `SECONDS_TO_HEAR`."""
+    if not dist.is_initialized() or world_size() == 1:
+        return
+    store = _store()
+    store.set(END, json.dumps([rank(), why]))
+    heard = [f"{END}-{other}" for other in range(world_size()) if other != rank()]
+    until = time.monotonic() + SECONDS_TO_HEAR
+    while time.monotonic() < until and not store.check(heard):
+        time.sleep(0.1)
+
+
+@contextmanager
+def hear_others() -> Iterator[None]:
+    """All ranks. Inside, a thread asks whether another process ends them all (`end_others`): then
+    this one says why, and ends with exit code 2."""
+    if not dist.is_initialized() or world_size() == 1:
+        yield
+        return
+    done, store = Event(), _store()
+
+    def listen() -> None:
+        while not done.wait(SECONDS_BETWEEN_QUESTIONS):
+            try:
+                if not store.check([END]):
+                    continue
+                who, why = json.loads(store.get(END))
+            except RuntimeError:  # the process that keeps the store has ended
+                return
+            if who != rank():
+                sys.stderr.write(f"error (rank {rank()}): {why}\n")
+                sys.stderr.flush()
+                store.set(f"{END}-{rank()}", "")
+                time.sleep(SECONDS_TO_LEAVE)  # a launcher ends the others when the first one ends
+                os._exit(2)  # the main thread may wait in a collective for ever
+
+    thread = Thread(target=listen, name="hear_others", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _store() -> Any:
+    """What all processes can write to; a connection of its own, as one waits while it is used."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
 
 
 def seed_everything(seed: int) -> None:

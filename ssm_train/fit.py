@@ -26,7 +26,7 @@ from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.engines import Engine
 from ssm_train.errors import InputError
 from ssm_train.evaluate import Evaluation
-from ssm_train.loop import Outcome, Schedule, Training, TrainState, plan_schedule, train
+from ssm_train.loop import Outcome, Training, TrainState, explain_bad_steps, train
 from ssm_train.metrics import LOSSES, Progress
 from ssm_train.optim import build_optimizer, describe_rates, same_rate
 from ssm_train.peft.coverage import count_parameters
@@ -38,6 +38,7 @@ from ssm_train.record import WARMUP
 from ssm_train.resume import RunCheckpoints
 from ssm_train.runlog import RunLog
 from ssm_train.scaling import warn_of_parts
+from ssm_train.schedule import Schedule, plan_schedule
 from ssm_train.summary import Result, export_weights, print_summary, write_result
 from ssm_train.watchdog import beat, watch
 
@@ -58,6 +59,14 @@ class Ready:
     notes: list[str]
     stop: distributed.StopFlag = field(default_factory=distributed.StopFlag)
     """Set by signals from when `run_in` enters it, through all stages."""
+
+    def __post_init__(self) -> None:
+        alone = distributed.world_size() == 1 and self.engine.keeps_gradients
+        if self.cfg.oom == "shrink" and not alone:
+            raise InputError(
+                f"oom: shrink is for one process, and this is {self.engine.name} with "
+                f"{distributed.world_size()}: a step cannot begin again there; set oom: stop"
+            )
 
     @property
     def schedule(self) -> Schedule:
@@ -119,6 +128,8 @@ class Stage:
     checkpoints: RunCheckpoints
     state: TrainState
     log: RunLog
+    trouble: str = ""
+    """Where the losses of bad steps come from."""
 
     def evaluate(self, step: int, split: str = "val") -> dict[str, float]:
         """All ranks. Metrics of a split, which the log gets too."""
@@ -126,6 +137,13 @@ class Stage:
             values, rows = self.ready.evaluations[split].run(model)
         self.log.evaluated(step, split, values, rows)
         return values
+
+    def go_back(self) -> TrainState | None:
+        """All ranks. To the newest checkpoint, and the log with it; None where there is none."""
+        restored = self.checkpoints.go_back()
+        if restored is not None:
+            self.log.go_back(restored.step, restored.tokens)
+        return restored
 
     def train(self, main_metric: str, least_metric: Mapping[int, float]) -> Outcome:
         """All ranks. Through the loop, to the end of the schedule or until something stops it."""
@@ -145,10 +163,18 @@ class Stage:
             least_metric=dict(least_metric),
             stop=ready.stop,
             cuda_graphs=ready.cuda_graphs,
+            max_bad_steps=cfg.max_bad_steps,
+            spike_threshold=cfg.spike_threshold,
+            spike_rollbacks=cfg.spike_rollbacks,
+            go_back=self.go_back,
+            say=self.log.bar.say,
+            oom=cfg.oom,
         )
         ready.engine.model.train()  # weights from files come in evaluation mode: no recomputation
         try:
             outcome = train(training, self.state)
+            if outcome == "bad_loss":
+                self.trouble = explain_bad_steps(training, self.state.step - 1)
             self.checkpoints.finish()
         except Exception:  # an interrupt does not wait
             self.checkpoints.wait()
@@ -246,6 +272,7 @@ def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | No
         result = Result(
             outcome, ready.run_dir, stage.state.step, main_metric, {}, {}, None,
             *stage.sizes, time.perf_counter() - began, stage=WARMUP,
+            skipped_steps=stage.state.skipped_steps, trouble=stage.trouble,
         )  # fmt: skip
         if distributed.is_main():
             write_result(result)
@@ -287,6 +314,7 @@ def fit(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result:
         outcome, ready.run_dir, state.step, main_metric, log.before, after, after_step,
         *stage.sizes, seconds, test,
         log.rates, log.rows.get("test") or log.rows.get("val", []),
+        skipped_steps=state.skipped_steps, trouble=stage.trouble,
     )  # fmt: skip
     with ready.engine.whole() as model:
         if complete and distributed.is_main():  # rank 0

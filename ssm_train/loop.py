@@ -13,78 +13,19 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch, TokenLosses
 from ssm_train.engines.base import Engine
 from ssm_train.graphs import GradientGraphs, Gradients
+from ssm_train.not_finite import find_not_finite
 from ssm_train.optim import OptimSettings, lr_at
-from ssm_train.settings import Settings
+from ssm_train.out_of_memory import BatchTooLarge, cut, explain_out_of_memory, halve
+from ssm_train.schedule import Schedule
+from ssm_train.spikes import describe, is_spike, remember
 from ssm_train.watchdog import beat
 
-MAX_BAD_STEPS = 10  # consecutive NaN or vanished losses that end a run
 VANISHED_LOSS = 1e-6
-
-
-class LoopSettings(Settings):
-    """How long to train, and what happens every so many steps."""
-
-    num_epochs: float = Field(default=10, gt=0)
-    """Passes over the data; may be fractional."""
-    max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps; wins over `num_epochs`."""
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Micro-batches in an optimizer step."""
-    logging_steps: int | None = Field(default=None, ge=1)
-    """Steps between log lines; None: min(50, steps in an epoch)."""
-    eval_epochs: float = Field(default=1, gt=0)
-    """Epochs between evaluations, and between checkpoints."""
-    eval_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps between evaluations; wins over `eval_epochs`."""
-    eval_at_start: bool = False
-    """Evaluate before the first step too."""
-    save_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps between checkpoints; None: as often as evaluations."""
-    skip_eval: bool = False
-    """Never evaluate."""
-    no_save: bool = False
-    """Never write checkpoints."""
-    cuda_graphs: bool | None = None
-    """Record forward and backward of packed rows as CUDA graphs, on one GPU or with adapters under
-    DDP; None: where it can be."""
-    watchdog_seconds: float = Field(default=600.0, ge=0)
-    """Without a step or an evaluated batch for so long, every process writes its stack and ends;
-    0: never."""
-    min_eval_metric_after_epoch: dict[int, float] = Field(default_factory=dict)
-    """Epoch -> least value of the task's main metric; below it the run stops."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Optimizer steps: how many, and every how many something happens."""
-
-    total_steps: int
-    decay_steps: int  # after which the learning rate ends: the run's, in a shorter stage too
-    steps_per_epoch: int
-    logging_steps: int
-    eval_steps: int
-    save_steps: int
-
-
-def plan_schedule(settings: LoopSettings, steps_per_epoch: int) -> Schedule:
-    """Turns epochs into optimizer steps; nothing is ever less than one step."""
-    every_epochs = max(1, int(settings.eval_epochs * steps_per_epoch))
-    eval_steps = settings.eval_steps or every_epochs
-    total_steps = settings.max_steps or max(1, int(settings.num_epochs * steps_per_epoch))
-    return Schedule(
-        total_steps=total_steps,
-        decay_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        logging_steps=settings.logging_steps or min(50, steps_per_epoch),
-        eval_steps=eval_steps,
-        save_steps=settings.save_steps or eval_steps,
-    )
 
 
 @dataclass
@@ -93,8 +34,12 @@ class TrainState:
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # real tokens seen by all processes
-    bad_steps: int = 0  # consecutive steps with a NaN or vanished loss
-    skipped_steps: int = 0  # updates skipped because a gradient was not finite
+    bad_steps: int = 0  # consecutive steps without an update or with a vanished loss
+    skipped_steps: int = 0  # updates skipped because the loss or a gradient was not finite
+    spikes: int = 0  # losses far above those before them
+    recent_losses: list[float] = field(default_factory=list)  # what a spike is measured by
+    rollbacks: int = 0  # times that the run went back to a checkpoint
+    passed_over: int = 0  # steps' batches that were left out by it
     best_step: int | None = None
     best: dict[str, float] = field(default_factory=dict)  # all metrics of the best step
 
@@ -117,12 +62,32 @@ class Training:
     least_metric: dict[int, float] = field(default_factory=dict)  # epoch -> least main metric
     stop: distributed.StopFlag | None = None
     cuda_graphs: bool = False
+    max_bad_steps: int = 10
+    spike_threshold: float = 0.0
+    spike_rollbacks: int = 0
+    go_back: Callable[[], TrainState | None] = lambda: None  # all ranks; to the newest checkpoint
+    say: Callable[[str], None] = print
+    oom: Literal["stop", "shrink"] = "stop"
+    too_large: float = math.inf  # elements of the smallest batch that memory did not suffice for
+    passed_over: int = 0  # as TrainState says
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.engine.model.parameters() if p.requires_grad]
         self.gradients: Gradients = partial(add_gradients, self)
         if self.cuda_graphs:
             self.gradients = GradientGraphs(self.gradients, self.parameters)
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's part of optimizer step `step`, past those that were left out."""
+        return self.micro_batches(step + self.passed_over)
+
+    def forget_gradients(self) -> None:
+        """Of a step that begins again, with all memory that it took."""
+        self.drop_graphs()
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def drop_graphs(self) -> None:
         """Gives back the memory of CUDA graphs, if there are any; later steps record them again."""
@@ -137,7 +102,9 @@ def train(run: Training, state: TrainState) -> Outcome:
     """Trains from `state.step` to the end of the schedule. All ranks."""
     schedule, clock = run.schedule, time.perf_counter()
     unread: list[Report] = []
+    spikes: list[tuple[float, int]] = []  # since the last row of the log
     while state.step < schedule.total_steps:
+        run.passed_over = state.passed_over
         unread.append(train_step(run, state.step))
         state.step += 1
         step = state.step
@@ -149,16 +116,26 @@ def train(run: Training, state: TrainState) -> Outcome:
 
         # The status of a step is read one step late, so that the host never waits for the device;
         # only where something is written does it have to be complete.
-        stop, complete = False, due_log or due_eval or due_save
+        stop, spiked, complete = False, False, due_log or due_eval or due_save
         while len(unread) > (0 if complete or stop else 1):
             status = unread.pop(0).read()
             stop |= status.stop
             state.tokens += status.tokens
             state.skipped_steps += status.skipped
-            bad = not math.isfinite(status.loss) or status.loss <= VANISHED_LOSS
+            bad = status.skipped or not status.loss > VANISHED_LOSS
             state.bad_steps = state.bad_steps + 1 if bad else 0
-        if state.bad_steps >= MAX_BAD_STEPS:
+            if is_spike(status.loss, state.recent_losses, run.spike_threshold):
+                state.spikes += 1
+                spikes.append((status.loss, step - len(unread)))
+                spiked = True
+            remember(status.loss, state.recent_losses)
+        if state.bad_steps >= run.max_bad_steps:
             return "bad_loss"
+        if spiked and not stop and pass_over(run, state, spikes):
+            unread.clear()
+            spikes.clear()
+            clock = time.perf_counter()
+            continue
 
         if due_log:
             now = time.perf_counter()
@@ -172,9 +149,13 @@ def train(run: Training, state: TrainState) -> Outcome:
                     "tokens": state.tokens,
                     "seconds": now - clock,
                     "skipped_steps": state.skipped_steps,
+                    "spikes": state.spikes,
                 }
             )
             clock = now
+            if spikes:
+                run.say(describe(spikes, state.recent_losses))
+                spikes.clear()
 
         too_low = False
         if run.evaluate and due_eval:  # once in a while, all ranks
@@ -193,6 +174,24 @@ def train(run: Training, state: TrainState) -> Outcome:
         if too_low:
             return "low_metric"
     return "finished"
+
+
+def pass_over(run: Training, state: TrainState, spikes: list[tuple[float, int]]) -> bool:
+    """All ranks. Puts the run back to its newest checkpoint, from where it goes on with batches
+    that it has not seen; False where there is none, or after `spike_rollbacks` times."""
+    if state.rollbacks >= run.spike_rollbacks or (restored := run.go_back()) is None:
+        return False
+    restored.passed_over = state.passed_over + state.step - restored.step
+    restored.rollbacks, restored.spikes = state.rollbacks + 1, state.spikes
+    run.say(
+        f"{describe(spikes, state.recent_losses)}: back to step {restored.step}, and past the "
+        f"batches of {state.step - restored.step} steps ({restored.rollbacks} of "
+        f"{run.spike_rollbacks} times)"
+    )
+    vars(state).update(vars(restored))
+    if run.save:
+        run.save(state)  # else a kill would bring them back
+    return True
 
 
 @dataclass
@@ -225,7 +224,7 @@ def train_step(run: Training, step: int) -> Report:
     so that accumulation, the number of processes and padding change nothing.
     """
     engine, device = run.engine, run.engine.device
-    batches = [batch.to(device) for batch in run.micro_batches(step)]
+    batches = run.batches(step)
     for group in engine.optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr_at(step, run.schedule.decay_steps, run.optim)
 
@@ -236,11 +235,7 @@ def train_step(run: Training, step: int) -> Report:
     # Engines average gradients over the ranks; `world_size` makes that a sum.
     scale = (distributed.world_size() / counts[0]).float()
 
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    for i, batch in enumerate(batches):
-        with engine.accumulate(last=i == len(batches) - 1):
-            loss_sum += run.gradients(batch, scale)
-
+    loss_sum = add_step_gradients(run, batches, scale)
     # CUDA graphs add to the same memory.
     norm = engine.step(run.optim.max_grad_norm or math.inf, keep_gradients=run.cuda_graphs)
     not_finite = ~torch.isfinite(norm)
@@ -254,12 +249,48 @@ def train_step(run: Training, step: int) -> Report:
     )
 
 
+def add_step_gradients(run: Training, batches: list[Batch], scale: torch.Tensor) -> torch.Tensor:
+    """The loss of all micro-batches, summed, after adding `scale` times its gradient. Where memory
+    does not suffice for one, with `oom: shrink` the step begins again with smaller ones."""
+    device = run.engine.device
+    while True:
+        parts = [part.to(device) for batch in batches for part in cut(batch, run.too_large)]
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        try:
+            for i, batch in enumerate(parts):
+                with (
+                    explain_out_of_memory(batch),
+                    run.engine.accumulate(last=i == len(parts) - 1),
+                ):
+                    loss_sum += run.gradients(batch, scale)
+            return loss_sum
+        except BatchTooLarge as error:
+            if run.oom == "stop" or not halve(error.batch.to("cpu")):
+                raise
+            run.too_large = error.batch.input_ids.numel()
+        run.forget_gradients()
+        run.say(f"out of memory: batches of {run.too_large:,} tokens and more are halved")
+
+
 def add_gradients(run: Training, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
     """The loss of a micro-batch, summed, after adding `scale` times its gradient."""
-    with distributed.autocast(run.prec, run.engine.device):
-        loss = run.token_losses(run.engine.model, batch).loss
-    run.engine.backward(loss * scale)
+    loss = loss_of(run, batch)
+    # A loss that is not finite makes all gradients so, which skips the step on all ranks.
+    run.engine.backward(loss * (scale + 0 * loss.detach()))
     return loss.detach()
+
+
+def loss_of(run: Training, batch: Batch) -> torch.Tensor:
+    """Of a micro-batch, summed; in the run's precision."""
+    with distributed.autocast(run.prec, run.engine.device):
+        return run.token_losses(run.engine.model, batch).loss
+
+
+def explain_bad_steps(run: Training, step: int) -> str:
+    """All ranks. Where in optimizer step `step`, the last of too many bad ones, a value first is
+    not finite."""
+    batches = (batch.to(run.engine.device) for batch in run.batches(step))
+    return find_not_finite(run.engine.model, batches, partial(loss_of, run))
 
 
 def on_device(device: torch.device, *values: float) -> torch.Tensor:

@@ -145,14 +145,21 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 class Trackers:
-    """Accelerate's trackers, fed with the rows of `metrics.jsonl`; rank 0 only."""
+    """Accelerate's trackers, fed with the rows of `metrics.jsonl`; rank 0 only. One that fails gets
+    nothing more, and a line says so: training goes on, and `metrics.jsonl` has all rows."""
 
     def __init__(
-        self, names: Sequence[str], run_dir: Path, run_name: str, config: Mapping[str, Any]
+        self,
+        names: Sequence[str],
+        run_dir: Path,
+        run_name: str,
+        config: Mapping[str, Any],
+        say: Callable[[str], None] = print,
     ) -> None:
         """Starts them. TensorBoard and wandb write below `run_dir`."""
         check_trackers(names)
-        self.trackers: list[Any] = []
+        self.say = say
+        self.trackers: dict[str, Any] = {}
         if not names:
             return
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -165,10 +172,10 @@ class Trackers:
         }
         flat = {k: v if isinstance(v, int | float) else str(v) for k, v in config.items()}
         for name in names:
-            tracker = LOGGER_TYPE_TO_CLASS[name](**options[name])
-            tracker.start()
-            tracker.store_init_configuration(flat)
-            self.trackers.append(tracker)
+            with self._unless_it_fails(name):
+                tracker = self.trackers[name] = LOGGER_TYPE_TO_CLASS[name](**options[name])
+                tracker.start()
+                tracker.store_init_configuration(flat)
 
     def write(self, split: str, row: Row) -> None:
         """Values named `train/loss`, `val/accuracy`, ... at the row's step."""
@@ -178,12 +185,26 @@ class Trackers:
             for key, value in row.items()
             if key != "step" and isinstance(value, int | float)
         }
-        for tracker in self.trackers:
-            tracker.log(values, step=step)
+        for name, tracker in list(self.trackers.items()):
+            with self._unless_it_fails(name):
+                tracker.log(values, step=step)
 
     def finish(self) -> None:
-        for tracker in self.trackers:
-            tracker.finish()
+        for name, tracker in list(self.trackers.items()):
+            with self._unless_it_fails(name):
+                tracker.finish()
+
+    @contextmanager
+    def _unless_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of a service that is down, a disk that is full, ...
+            self.trackers.pop(name, None)
+            reason = str(error).partition("\n")[0]
+            self.say(
+                f"warning: tracker {name} failed ({type(error).__name__}: {reason}) and gets "
+                "nothing more; metrics.jsonl has all rows"
+            )
 
 
 class Progress:

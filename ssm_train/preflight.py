@@ -15,6 +15,7 @@ from ssm_train import distributed
 from ssm_train.adapters.base import Batch
 from ssm_train.data.batches import collate, pack
 from ssm_train.isolation import check_isolation
+from ssm_train.out_of_memory import BatchTooLarge, explain_out_of_memory, halve
 from ssm_train.peft.liveness import check_liveness, unchanged
 
 if TYPE_CHECKING:
@@ -45,13 +46,23 @@ def compile_kernels(ready: Ready, model: nn.Module) -> None:
 
 
 def prove_alive(ready: Ready, model: nn.Module) -> None:
-    """All ranks. Raises InputError naming a trainable tensor without a gradient."""
-    check_liveness(
-        model,
-        ready.micro_batches(0)[0].to(ready.engine.device),
-        ready.token_losses,
-        reduce_max=distributed.reduce_max,
-    )
+    """All ranks. Raises InputError naming a trainable tensor without a gradient, or a batch that is
+    too large."""
+    batch = ready.micro_batches(0)[0]
+    while True:
+        try:
+            with distributed.hear_others(), explain_out_of_memory(batch):
+                return check_liveness(
+                    model,
+                    batch.to(ready.engine.device),
+                    ready.token_losses,
+                    reduce_max=distributed.reduce_max,
+                )
+        except BatchTooLarge:
+            parts = halve(batch)
+            if ready.cfg.oom == "stop" or not parts:
+                raise
+            batch = parts[0]
 
 
 def prove_isolated(ready: Ready, model: nn.Module) -> None:

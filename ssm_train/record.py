@@ -24,6 +24,7 @@ from ssm_train.secrets import redact, redact_command
 from ssm_train.strict_yaml import read_document
 
 MARKER = "cfg.yaml"
+FACTS_FILE = "environment.json"  # versions, hardware, source, command, data
 RESULT = "result.json"  # how the run ended; summary.py writes it
 WARMUP = "warmup"  # a method's first stage, and the directory of a run that has what it wrote
 PEFT = "peft.json"  # the PEFT settings with all overrides: what `peft` names may change later
@@ -31,6 +32,11 @@ PACKAGES = [
     "ssm_train", "torch", "triton", "transformers", "peft", "accelerate", "datasets",
     "safetensors", "tokenizers", "numpy", "flash-linear-attention", "mamba-ssm", "causal-conv1d",
     "deepspeed", "liger-kernel",
+]  # fmt: skip
+# Of environment.json, besides the packages: what a run that is repeated is compared in.
+FACTS = [
+    "python", "platform", "cpu", "threads", "gpus", "cuda", "driver", "git", "engine", "processes",
+    "device", "data",
 ]  # fmt: skip
 # Environment variables that change a run, besides those that stand for a key of the config.
 # Nothing else of the environment is ever written down.
@@ -101,7 +107,7 @@ def create_run_directory(
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / RESULT).unlink(missing_ok=True)
     (run_dir / MARKER).write_text(config_yaml, encoding="utf-8")
-    (run_dir / "environment.json").write_text(
+    (run_dir / FACTS_FILE).write_text(
         json.dumps(describe_environment() | facts, indent=2) + "\n", encoding="utf-8"
     )
 
@@ -164,6 +170,8 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "cpu": read_cpu(Path("/proc/cpuinfo")),
+        "threads": torch.get_num_threads(),
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "driver": read_driver(Path("/proc/driver/nvidia/version")),
@@ -184,6 +192,39 @@ def read_driver(file: Path) -> str | None:
     except OSError:
         return None
     return found[1] if found else None
+
+
+def read_cpu(file: Path) -> str:
+    """The model of the processor, as far as the system says it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8"), re.M)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def read_environment(run_dir: Path) -> dict[str, Any]:
+    """What `describe_environment` and the run wrote down."""
+    path = run_dir / FACTS_FILE
+    if not path.is_file():
+        raise InputError(f"{run_dir} has no {FACTS_FILE}, the record of how it was made")
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def differing_facts(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each fact that changes what a run computes and is not as recorded."""
+    then, here = (
+        {key: facts.get(key) for key in FACTS} | facts["packages"] for facts in (record, now)
+    )
+    recorded = {*record, *record["packages"]}
+    return [
+        f"{key}: {json.dumps(then.get(key))} in the record, {json.dumps(here.get(key))} now"
+        if key in recorded
+        else f"{key}: not in the record"
+        for key in {**then, **here}
+        if then.get(key) != here.get(key)
+    ]
 
 
 def describe_source() -> dict[str, Any] | None:

@@ -182,6 +182,12 @@ class RunCheckpoints:
             snapshot.restore_rng(found.rng)
         return TrainState(**found.state["train"])
 
+    def go_back(self) -> TrainState | None:
+        """All ranks. Everything as in the newest checkpoint; None where there is none."""
+        self.finish()
+        found, _ = find_resume_point(self.run_dir)
+        return self.restore(found) if found else None
+
     def load_best(self, state: TrainState) -> bool:
         """All ranks. The weights of the best step; False where no checkpoint has kept them whole,
         which rank 0 says."""

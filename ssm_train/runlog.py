@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ssm_train import distributed
 from ssm_train.evaluate import Row, write_predictions
 from ssm_train.metrics import MetricsLog, Progress, TokenRate, Trackers, peak_memory_gib
+
+Observer = Callable[[Path, Mapping[str, Any]], None]
+"""(directory of the stage, training row)."""
+
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observed(by: Observer) -> Iterator[None]:
+    """Inside, every training row is shown to `by`, on rank 0, once it is written."""
+    _observers.append(by)
+    try:
+        yield
+    finally:
+        _observers.remove(by)
 
 
 class RunLog:
@@ -40,7 +56,7 @@ class RunLog:
             for row in self.file.kept:
                 if row["step"] == 0:
                     self.before = read_values(row)
-            self.trackers = Trackers(trackers, run_dir, name, config)
+            self.trackers = Trackers(trackers, run_dir, name, config, bar.say)
 
     def trained(self, row: dict[str, float]) -> None:
         """A row of the loop."""
@@ -51,6 +67,8 @@ class RunLog:
         row = {**row, "tokens_per_second": rate, "memory_gib": peak_memory_gib()}
         self._write("train", row)
         self.bar.update(row)
+        for look in _observers:
+            look(self.run_dir, row)
 
     def evaluated(
         self, step: int, split: str, values: Mapping[str, float], rows: list[Row]
@@ -66,6 +84,13 @@ class RunLog:
         self.bar.say(f"step {step}  {split}  {shown}")
         if rows:
             write_predictions(self.run_dir, split, step, rows)
+
+    def go_back(self, step: int, tokens: int) -> None:
+        """The run stands at an earlier step again: later rows go."""
+        self.rate = TokenRate(tokens)
+        if self.main:
+            self.file.close()
+            self.file = MetricsLog(self.run_dir / "metrics.jsonl", resume_step=step)
 
     def close(self) -> None:
         if self.main:

@@ -37,6 +37,8 @@ class Result:
     rows: list[Row] = field(default_factory=list)  # predictions, on test where there is one
     exported: Path | None = None
     stage: str = "train"  # the one that it ended in
+    skipped_steps: int = 0  # without an update, as the loss or a gradient was not finite
+    trouble: str = ""  # where it was not finite, after too many of them
 
     @property
     def extent(self) -> str:
@@ -87,6 +89,7 @@ def write_result(result: Result) -> None:
         "outcome": result.outcome,
         "stage": result.stage,
         "steps": result.steps,
+        "skipped_steps": result.skipped_steps,
         "main_metric": result.main_metric,
         "best_step": result.best_step,
         "metrics": result.after,
@@ -105,16 +108,22 @@ def print_summary(result: Result, say: Any) -> None:
     """Rank 0. The run in about fifteen lines, by `say(line)`; draws `metrics.png`."""
     run_dir, name = result.run_dir, result.main_metric
     stage_dir = run_dir / WARMUP if result.stage == WARMUP else run_dir
+    last = stage_dir / "checkpoints" / "last"
+    kept = f"; {last.read_text().strip()} is kept" if last.is_file() else ""
     endings = {
         "finished": f"finished after {result.extent}",
         "stopped": f"stopped and saved after {result.extent}; go on with --resume"
-        if (stage_dir / "checkpoints" / "last").is_file()
+        if last.is_file()
         else f"stopped after {result.extent}; nothing was saved (no_save)",
-        "bad_loss": f"ended after {result.extent}: ten losses in a row were NaN or zero; "
-        "lower learning_rate or choose prec: fp32",
+        "bad_loss": f"ended after {result.extent}, the last of them bad (max_bad_steps): "
+        f"{result.trouble}; lower learning_rate or choose prec: fp32{kept}",
         "low_metric": f"ended after {result.extent}: {name} is below min_eval_metric_after_epoch",
     }
     rows = [("outcome", endings[result.outcome])]
+    if result.skipped_steps:
+        rows.append(
+            ("skipped steps", f"{result.skipped_steps}, with a gradient that was not finite")
+        )
     if result.before:
         rows.append((f"{name} before", f"{result.before[name]:.4g}"))
     if result.after:

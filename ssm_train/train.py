@@ -42,6 +42,7 @@ from ssm_train.bases import (
 )
 from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
+from ssm_train.data.fingerprint import fingerprint
 from ssm_train.data.sources import check_data
 from ssm_train.engines import build_engine
 from ssm_train.engines.zero_config import Numbers
@@ -61,6 +62,8 @@ from ssm_train.record import (
     check_peft,
     check_run_directory,
     create_run_directory,
+    differing_facts,
+    read_environment,
     record_peft,
 )
 from ssm_train.resume import find_resume_point
@@ -75,11 +78,13 @@ def run(
     *,
     run_dir: Path | None = None,
     given: Subject | None = None,
+    repeats: Path | None = None,
 ) -> Result:
     """Trains one config, from its files to an exported adapter or model. All ranks.
 
-    `run_dir`: instead of the config's; `given`: a model that the caller made. Raises InputError
-    for what the user can mend. Until the model is built and proven alive, nothing is written.
+    `run_dir`: instead of the config's; `given`: a model that the caller made; `repeats`: a run
+    whose record this one is compared with before it starts. Raises InputError for what the user
+    can mend. Until the model is built and proven alive, nothing is written.
     """
     if cfg.debug:
         cfg = debug_config(cfg)
@@ -88,11 +93,15 @@ def run(
     if main and not cfg.lock:
         check_free(run_dir)
     with own(run_dir) if cfg.lock and main else nullcontext():
-        return run_in(run_dir, cfg, provenance, given)
+        return run_in(run_dir, cfg, provenance, given, repeats)
 
 
 def run_in(
-    run_dir: Path, cfg: RunConfig, provenance: Mapping[str, str], given: Subject | None = None
+    run_dir: Path,
+    cfg: RunConfig,
+    provenance: Mapping[str, str],
+    given: Subject | None = None,
+    repeats: Path | None = None,
 ) -> Result:
     """`run`, once the directory is ours."""
     first = cfg.resume and not (run_dir / MARKER).exists()  # the same command the first time
@@ -115,8 +124,11 @@ def run_in(
     claim_directory(ready, peft)
     lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
     lines += [*changes, *ready.notes]
+    if repeats is not None:
+        differing = differing_facts(read_environment(repeats), read_environment(run_dir))
+        lines += [f"unlike {repeats}: {line}" for line in differing]
     result = None
-    with ready.stop:
+    with ready.stop, distributed.hear_others():
         if ready.warms_up:
             result = warm_up(ready, main_metric, lines)
             lines = [*ready.notes, str(measure_coverage(ready.subject.prepared.model))]
@@ -233,6 +245,7 @@ def claim_directory(ready: Ready, peft: PeftSpec | None) -> None:
         create_run_directory(
             run_dir, dump_yaml(cfg), overwrite=cfg.overwrite, new=new,
             engine=ready.engine.name, processes=distributed.world_size(),
+            device=str(ready.engine.device), data=fingerprint(ready.data["train"]),
             hub_commits=hub_commits(
                 cfg, ready.data, ready.base, cfg.revision,
                 ready.subject.prepared.tokenizer.name_or_path,

@@ -17,11 +17,12 @@ from ssm_train.adapters.base import Batch, LossSum, Prepared
 from ssm_train.adapters.mamba_mixer import MambaMixer
 from ssm_train.adapters.registry import FAMILIES, adopt
 from ssm_train.engines.replicated import Replicated
-from ssm_train.loop import LoopSettings, Training, TrainState, plan_schedule, train
+from ssm_train.loop import Training, TrainState, train
 from ssm_train.optim import OptimSettings, build_optimizer
 from ssm_train.peft.coverage import count_parameters
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import load_peft
+from ssm_train.schedule import LoopSettings, plan_schedule
 
 TITLE = "a. One S6 layer learns another"
 HIDDEN, CHANNELS, STATES, DT_RANK = 64, 128, 16, 4

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
@@ -284,7 +285,13 @@ def _encode_all(
                 waiting.append((len(first), pool.submit(_encode_in_worker, first)))
                 first = next(pieces, None)
             size, future = waiting.popleft()
-            yield size, future.result()
+            try:
+                yield size, future.result()
+            except BrokenProcessPool:
+                raise InputError(
+                    f"{records.name}: a process that tokenizes was killed, mostly because memory "
+                    f"ran out; set num_data_workers to less than {num_workers}, or to 0"
+                ) from None
 
 
 def cut(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:

@@ -11,8 +11,9 @@ from torch import nn
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch, LossSum
 from ssm_train.engines.replicated import Replicated
-from ssm_train.loop import LoopSettings, Schedule, Training, TrainState, plan_schedule, train
+from ssm_train.loop import Training, TrainState, train
 from ssm_train.optim import OptimSettings, build_optimizer
+from ssm_train.schedule import LoopSettings, Schedule, plan_schedule
 
 VOCAB = 13
 DOCUMENTS = [torch.arange(n) * (n + 3) % VOCAB for n in (9, 2, 5, 14, 3, 7, 11, 4)]
@@ -157,6 +158,26 @@ def test_ten_bad_losses_in_a_row_end_the_run():
     state = TrainState()
     assert train(run, state) == "bad_loss"
     assert state.step == 10 and state.skipped_steps == 10
+
+
+def test_a_spike_is_counted_and_said_with_the_log():
+    losses = []
+
+    def one_wild_step(model, batch):
+        out = token_losses(model, batch)
+        losses.append(float(out.loss.detach()) / out.num_targets)
+        return LossSum(out.loss * (30 if len(losses) == 50 else 1), out.num_targets)
+
+    rows, said = [], []
+    run = training(
+        4, 1, total_steps=60, token_losses=one_wild_step, log=rows.append, say=said.append,
+        schedule=Schedule(60, 60, 10, 20, 100, 100), spike_threshold=20.0,
+    )  # fmt: skip
+    state = TrainState()
+    assert train(run, state) == "finished"
+    assert state.spikes == 1 and [row["spikes"] for row in rows] == [0, 0, 1]
+    assert len(said) == 1 and f"a loss spike: {30 * losses[49]:.4g} in step 50, where" in said[0]
+    assert len(state.recent_losses) == 60
 
 
 def test_a_stop_request_saves_and_stops():

@@ -18,10 +18,11 @@ from ssm_train.data.tasks.quickstart import QUICKSTART
 from ssm_train.data.tokens import Chunk, TokenizedDataset
 from ssm_train.engines.replicated import Replicated
 from ssm_train.graphs import IGNORED, obstacle, pad
-from ssm_train.loop import Schedule, Training, TrainState, train
+from ssm_train.loop import Training, TrainState, train
 from ssm_train.optim import OptimSettings, build_optimizer
 from ssm_train.peft.spec import load_peft
 from ssm_train.recording import NotRecorded
+from ssm_train.schedule import Schedule
 
 VOCABULARY = 61
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": VOCABULARY}

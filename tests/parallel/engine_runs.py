@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "gla_bf16": ("gla", {"peft": CALM, "prec": "bf16"}),
     "mamba_bf16": ("mamba", {"peft": CALM, "prec": "bf16"}),
-    "mamba_nan": ("mamba", {"peft": CALM, "max_steps": 6}),
+    "mamba_inf": ("mamba", {"peft": CALM, "max_steps": 6}),
 }
 # On GPUs a few, by the reference, so that there is no other difference than the engine.
 DEVICE = os.environ.get("SSM_TRAIN_TEST_DEVICE", "cpu")
@@ -129,8 +129,8 @@ def run_all(engine: str, directory: Path, names: Sequence[str]) -> None:
     for name in names:
         if "stopped" in name and rank == 1:
             stop_in_step(Patch, STOP)  # one rank's signal stops both
-        if name == "mamba_nan" and rank == 1:
-            spoil_a_gradient(step=2)
+        if name == "mamba_inf" and rank == 1:
+            spoil_a_loss(step=2)
         result = train(directory / f"{name}.yaml")
         (directory / f"{name}-{rank}.json").write_text(
             json.dumps([result.outcome, result.steps, result.after, result.test])
@@ -211,16 +211,16 @@ def go_on(engine: str, configs: Sequence[Path]) -> None:
         train(config, resume=True)
 
 
-def spoil_a_gradient(step: int) -> None:
-    """This rank's loss of one micro-batch is no number."""
+def spoil_a_loss(step: int) -> None:
+    """This rank's loss of one micro-batch is infinite, with a gradient that is not."""
     from ssm_train import loop
 
-    original, calls = loop.add_gradients, iter(range(10**6))
+    original, calls = loop.loss_of, iter(range(10**6))
 
-    def add_gradients(run: Any, batch: Any, scale: torch.Tensor) -> torch.Tensor:
-        return original(run, batch, scale * (math.nan if next(calls) == step else 1.0))
+    def loss_of(run: Any, batch: Any) -> torch.Tensor:
+        return original(run, batch) + (math.inf if next(calls) == step else 0.0)
 
-    loop.add_gradients = add_gradients
+    loop.loss_of = loss_of
 
 
 def copy_run(directory: Path, name: str, processes: int) -> Path:

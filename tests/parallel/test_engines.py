@@ -103,13 +103,15 @@ def test_the_model_computes_in_the_run_s_precision(engine: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_step_with_a_nan_on_one_rank_is_skipped_by_all(engine: str, alone: Path, under) -> None:
+def test_a_step_with_an_infinite_loss_on_one_rank_is_skipped_by_all(
+    engine: str, alone: Path, under
+) -> None:
     directory = under(engine)
-    assert results(directory, "mamba_nan")[0][:2] == ["finished", 6]
-    rows = metrics(run_directory(directory, "mamba_nan"), "train")
+    assert results(directory, "mamba_inf")[0][:2] == ["finished", 6]
+    rows = metrics(run_directory(directory, "mamba_inf"), "train")
     skipped = [row["skipped_steps"] for row in rows]
     assert skipped == [0, 0, 1, 1, 1, 1]
-    before = losses(run_directory(alone, "mamba_nan"))
+    before = losses(run_directory(alone, "mamba_inf"))
     found = [row["loss"] for row in rows]
     assert found[:2] == pytest.approx(before[:2], abs=NEAR)
     assert all(loss == loss for loss in found[3:])  # the weights are numbers

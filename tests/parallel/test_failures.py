@@ -15,7 +15,9 @@ STEP = 3
 PATIENCE = 4  # seconds without progress
 
 
-def launch(directory: Path, engine: str, what: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    directory: Path, engine: str, what: str, step: int = STEP
+) -> subprocess.CompletedProcess[str]:
     config = write(directory, "mamba_lora", 2)
     config.write_text(f"{config.read_text()}watchdog_seconds: {PATIENCE}\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -23,7 +25,7 @@ def launch(directory: Path, engine: str, what: str) -> subprocess.CompletedProce
     variables = {"ACCELERATE_USE_CPU": cpu, "OMP_NUM_THREADS": "1", **environment(engine)}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
-        [*torchrun, str(FAILING), what, str(STEP), str(config)],
+        [*torchrun, str(FAILING), what, str(step), str(config)],
         env=os.environ | variables | {"PYTHONPATH": path},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
@@ -54,3 +56,18 @@ def test_a_rank_that_hangs_ends_the_run_with_all_stacks(engine: str, tmp_path: P
     stacks = {rank: (run_dir / f"stacks-rank{rank}.txt").read_text() for rank in (0, 1)}
     assert "in hang" in stacks[1] and "in hang" not in stacks[0]
     assert "train_step" in stacks[0]  # it waits for the other one
+
+
+@pytest.mark.parametrize("step", [STEP, -1], ids=["training", "start"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_one_rank_without_memory_ends_all_with_its_line(
+    engine: str, step: int, tmp_path: Path
+) -> None:
+    done = launch(tmp_path, engine, "memory", step)
+    assert done.returncode == 1, done.stderr
+    for rank in (0, 1):
+        assert f"error (rank {rank}): out of memory on a batch of 2 x " in done.stderr
+    assert done.stderr.count("of rank 1: lower batch_size") == 2
+    assert "OutOfMemoryError" not in done.stderr and "no progress for" not in done.stderr
+    assert_none_runs(tmp_path)
+    assert run_directory(tmp_path, "mamba_lora").exists() == (step >= 0)

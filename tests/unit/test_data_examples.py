@@ -1,5 +1,7 @@
 """Tokenization: parts apart, label spans, what is dropped or refused, here or in processes."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -243,3 +245,18 @@ def test_processes_give_what_one_process_gives(words, monkeypatch):
         assert shared.references(i) == alone.references(i)
     assert shared.prompt_lengths.tolist() == alone.prompt_lengths.tolist()
     assert done == [*range(5, 46, 5), 47]
+
+
+def test_a_process_that_is_killed_while_it_tokenizes_is_said(words, monkeypatch):
+    """As by a system that has no memory left; nothing waits for it for ever."""
+    monkeypatch.setattr(examples, "PARALLEL_AFTER_SECONDS", 0)
+    monkeypatch.setattr(examples, "CHUNK_RECORDS", 50)
+
+    def kill(done: int) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(InputError, match="some.jsonl: a process that tokenizes was killed, mostly"):
+        tokenize_records(
+            records(rows(5000)), COPY, words, training=False, num_workers=2, progress=kill
+        )

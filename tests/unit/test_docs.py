@@ -25,12 +25,12 @@ from ssm_train.config import RunConfig, load_config
 from ssm_train.data import DataSettings
 from ssm_train.errors import InputError
 from ssm_train.evaluate import EvalSettings
-from ssm_train.loop import LoopSettings
 from ssm_train.metrics import MetricsSettings
 from ssm_train.optim import OptimSettings
 from ssm_train.overrides import DIRECTORIES, ENVIRONMENT
 from ssm_train.peft.lora import LoraSettings
 from ssm_train.peft.spec import load_peft
+from ssm_train.schedule import LoopSettings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

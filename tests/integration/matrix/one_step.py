@@ -21,8 +21,9 @@ from ssm_train.adapters.base import Batch
 from ssm_train.distributed import build_accelerator
 from ssm_train.engines.replicated import Replicated
 from ssm_train.errors import InputError
-from ssm_train.loop import Schedule, Training, train_step
+from ssm_train.loop import Training, train_step
 from ssm_train.optim import OptimSettings, build_optimizer
+from ssm_train.schedule import Schedule
 
 # With a small epsilon Adam's first step is the gradient's sign, which rounding may turn.
 OPTIM = OptimSettings(learning_rate=1e-2, adam_epsilon=0.1, lr_scheduler_type="constant")
