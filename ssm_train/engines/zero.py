@@ -68,8 +68,6 @@ class Zero:
             # hooks in each of its many small modules would take longer than the products.
             for layer in fsdp.find_layers(bare):
                 deepspeed.utils.set_z3_leaf_module(layer, True)
-            embeddings: nn.Module = bare.get_input_embeddings()  # type: ignore[operator]
-            embeddings.register_forward_hook(require_gradient)
         if self.contents is not None:
             deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
             dealer = dealing.Dealer(bare, *self.contents, self.device)
@@ -80,6 +78,9 @@ class Zero:
         self.model, self.optimizer, _, _ = deepspeed.initialize(
             model=bare, optimizer=make_optimizer(bare), config=config, dist_init_required=False
         )
+        if self.shards_weights:  # after DeepSpeed's hooks, which would gather them once more
+            embeddings: nn.Module = bare.get_input_embeddings()  # type: ignore[operator]
+            embeddings.register_forward_hook(require_gradient)
         if (stage := self.model.zero_optimization_stage()) != self.stage:
             raise InputError(f"ZeRO-{self.stage} was asked for, but DeepSpeed runs stage {stage}")
         bare.forward = self._in_autocast(bare.forward)

@@ -43,7 +43,11 @@ def write_run() -> Path:
 
 
 checkpoint.save_checkpoint(
-    WHOLE, 7, {"trainable": {"w": torch.ones(2)}, "optimizer": {"w.exp_avg": torch.ones(2)}}, STATE
+    WHOLE,
+    7,
+    {"trainable": {"w": torch.ones(2)}, "optimizer": {"w.exp_avg": torch.ones(2)}},
+    STATE,
+    [snapshot.collect_rng()],
 )
 (ROOT / "outside.json").write_text("{}")
 write_run()

@@ -157,7 +157,9 @@ STATE = {"train": {"step": 1}, "stage": "train", "global_batch": 4, "scaler": No
 
 @pytest.fixture
 def step(tmp_path: Path) -> Path:
-    return checkpoint.save_checkpoint(tmp_path, 1, {"trainable": {"w": torch.ones(1)}}, STATE)
+    return checkpoint.save_checkpoint(
+        tmp_path, 1, {"trainable": {"w": torch.ones(1)}}, STATE, [snapshot.collect_rng()]
+    )
 
 
 def write_signed(path: Path, **changes: Any) -> None:

@@ -244,7 +244,12 @@ def test_device_selects(device: str, place: Path, launch: Callable[..., Command]
 @pytest.mark.parametrize(
     "changes, code, outcome, steps",
     [
-        ({"learning_rate": 1e30, "max_steps": 40}, FAILED, "ten losses in a row were NaN", 11),
+        (
+            {"learning_rate": 1e30, "max_steps": 40},
+            FAILED,
+            "the last of them bad (max_bad_steps)",
+            11,
+        ),
         ({"task": SIDES, "min_eval_metric_after_epoch": {1: 1.01}}, DONE, "accuracy is below", 6),
     ],
     ids=["NaN", "low"],

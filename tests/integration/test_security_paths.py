@@ -105,12 +105,12 @@ def test_overwrite_removes_runs_alone(outside: Path, tmp_path: Path) -> None:
 
 def test_pruning_removes_links_and_not_what_is_behind(outside: Path, tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        checkpoint.save_checkpoint(tmp_path, step, {}, {"a": 1})
+        checkpoint.save_checkpoint(tmp_path, step, {}, {"a": 1}, [])
     os.rename(tmp_path / "checkpoints/step-00000001", outside / "moved")
     (tmp_path / "checkpoints/step-00000001").symlink_to(outside / "moved")
     (tmp_path / "checkpoints/step-00000004.tmp").symlink_to(outside)
     checkpoint.prune(tmp_path, keep=1)
-    checkpoint.save_checkpoint(tmp_path, 4, {}, {"a": 1})
+    checkpoint.save_checkpoint(tmp_path, 4, {}, {"a": 1}, [])
     names = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()}
     assert names == {"step-00000003", "step-00000004"}
     assert (outside / "moved" / "manifest.json").exists() and (outside / "precious").exists()

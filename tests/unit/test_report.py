@@ -82,6 +82,7 @@ def test_a_result_is_written_with_null_for_what_is_not_finite(tmp_path: Path) ->
         "test": {},
         "trainable": 250,
         "parameters": 10_000,
+        "skipped_steps": 0,
         "seconds": 3_845.25,
         "tokens_per_second": 12_345.6,
     }
