@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 
 COUNTS: Counter[str] = Counter()
+LINES: list[str] = []
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,15 @@ def survived() -> Callable[..., None]:
     return count
 
 
+@pytest.fixture(scope="session")
+def say() -> Callable[[str], None]:
+    """A line of figures, for docs/reliability.md."""
+    return LINES.append
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("survived")
     for fault, number in COUNTS.items():
         terminalreporter.write_line(f"{number:>7,}  {fault}")
+    for line in LINES:
+        terminalreporter.write_line(line)

@@ -18,12 +18,14 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | common | more
 
 
-def start(processes: int, *command: object) -> subprocess.CompletedProcess[str]:
+def start(
+    processes: int, *command: object, seconds: float = 300
+) -> subprocess.CompletedProcess[str]:
     """With torchrun, where there are several."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), *map(str, command)],
-        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        env=environment(), capture_output=True, text=True, timeout=seconds, check=False,
     )  # fmt: skip
 
 
