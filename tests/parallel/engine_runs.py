@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,19 @@ DEVICE = os.environ.get("SSM_TRAIN_TEST_DEVICE", "cpu")
 ON_GPU = ("gla_lora", "mamba_full", "gla_packed", "mamba_lora", "gla_stopped_full")
 if DEVICE == "cuda":
     CASES = {name: CASES[name] for name in ON_GPU}
+# Of DDP between hosts, where all weights train, which is another way.
+BETWEEN_HOSTS = ("gla_full", "gla_accumulated_full", "gla_bf16", "mamba_bf16", "mamba_inf")
 SHARDED = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2")
 ENGINES = ("ddp", "ddp_hosts", *SHARDED)
 NAMES = {"ddp": "DDP", "ddp_hosts": "DDP", "fsdp2": "FSDP2"} | {
     f"zero{stage}{offload}": f"ZeRO-{stage}" for stage in (1, 2, 3) for offload in ("", "_offload")
 }
+
+
+def cases_of(engine: str) -> list[str]:
+    """What is trained under an engine."""
+    names = [*CASES, *ODD]
+    return [n for n in names if n in BETWEEN_HOSTS] if engine == "ddp_hosts" else names
 
 
 def environment(engine: str) -> dict[str, str]:
@@ -131,41 +140,42 @@ def run_all(engine: str, directory: Path, names: Sequence[str]) -> None:
             stop_in_step(Patch, STOP)  # one rank's signal stops both
         if name == "mamba_inf" and rank == 1:
             spoil_a_loss(step=2)
-        result = train(directory / f"{name}.yaml")
+        with seen_dtypes(engine) if name == "gla_bf16" else nullcontext(set()) as dtypes:
+            result = train(directory / f"{name}.yaml")
         (directory / f"{name}-{rank}.json").write_text(
-            json.dumps([result.outcome, result.steps, result.after, result.test])
+            json.dumps([result.outcome, result.steps, result.after, result.test, sorted(dtypes)])
         )
 
 
-def see_precision(engine: str, config: Path) -> None:
-    """Each rank. The dtypes that projections give in training, where DeepSpeed's engine finds that
-    autocast is on and switches it off, as it does on a GPU."""
+@contextmanager
+def seen_dtypes(engine: str) -> Iterator[set[str]]:
+    """Those that projections give inside. DeepSpeed switches autocast off around the model there,
+    as it does by itself on a GPU only."""
     from ssm_train.adapters import common
 
-    os.environ.update(environment(engine))
-    seen: set[torch.dtype] = set()
+    seen: set[str] = set()
     project = common.project
 
     def watch(x: Any, *projections: Any) -> Any:
         outputs = project(x, *projections)
-        seen.update(output.dtype for output in outputs)
+        seen.update(str(output.dtype) for output in outputs)
         return outputs
 
     common.project = watch
     if engine.startswith("zero"):
-        from contextlib import contextmanager
-
         from deepspeed.runtime import engine as deepspeed_engine
 
-        @contextmanager
-        def off(_: Any) -> Any:
-            with torch.autocast(DEVICE, enabled=False):
-                yield
+        switch, deepspeed_engine.autocast_if_enabled = deepspeed_engine.autocast_if_enabled, off
+    yield seen
+    common.project = project
+    if engine.startswith("zero"):
+        deepspeed_engine.autocast_if_enabled = switch
 
-        deepspeed_engine.autocast_if_enabled = off
-    train(config, max_steps=2, skip_eval=True, no_save=True)
-    file = config.with_name(f"precision-{os.environ['RANK']}.txt")
-    file.write_text(" ".join(map(str, seen)))
+
+@contextmanager
+def off(_: Any) -> Iterator[None]:
+    with torch.autocast(DEVICE, enabled=False):
+        yield
 
 
 def try_raw_reads(engine: str, config: Path) -> None:
