@@ -57,6 +57,9 @@ class Model:
     looked_up: float = 0.0
     """Bytes of frozen embeddings, which ZeRO-3 does not gather for the backward pass; seen of one
     that is the head too as well."""
+    tied: float = 0.0
+    """Bytes that ZeRO-3 gathers once more for a head that is the embedding: before the head, and
+    for the embedding's gradient."""
     copies: float = 0.0
     """Bytes of trained weights in the run's precision, which autocast makes and backward reads:
     whole on each GPU, whatever the engine."""
@@ -76,6 +79,7 @@ def measure(model: nn.Module, zero_3: Mapping[str, int], copies: float = 0.0) ->
     layers = find_layers(model)
     embeddings = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
     in_layers = {p for layer in layers for p in layer.parameters()}
+    head = find_head(model)
     return Model(
         all=weigh(parameters),
         small=weigh([p for p in parameters if p.numel() <= persistent]),
@@ -86,12 +90,39 @@ def measure(model: nn.Module, zero_3: Mapping[str, int], copies: float = 0.0) ->
             key=lambda weights: weights.all,
             default=Weights(),
         ),
-        # What comes after a layer lies twice between its forward and its backward pass.
-        reused=min(1.0, distance / 2 / elements),
+        reused=share_kept(model, distance),
         prefetched=min(1.0, ahead / elements),
         looked_up=weigh([p for p in embeddings if p.numel() > persistent]).frozen,
+        tied=0.0
+        if distance >= elements
+        else sum(
+            p.numel() * p.element_size() * (1 + p.requires_grad)
+            for p in embeddings
+            if p is getattr(head, "weight", None)
+        ),
         copies=copies,
     )
+
+
+def share_kept(model: nn.Module, distance: int) -> float:
+    """Of all weights, the share that ZeRO-3 keeps gathered from the forward to the backward pass: a
+    layer after which fewer than `distance` elements come. The next module that DeepSpeed meets
+    there is the model itself, with all its weights."""
+    elements = sum(p.numel() for p in model.parameters())
+    if distance >= elements:
+        return 1.0
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in find_layers(model)]
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    kept = after = elements - sum(layers) - sum(p.numel() for p in embeddings)  # norm and head
+    for layer in reversed(layers):
+        kept += layer if after < distance else 0
+        after += layer
+    return kept / elements
+
+
+def find_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get is not None else None
 
 
 def default_limits(parameters: Sequence[nn.Parameter]) -> dict[str, int]:
@@ -203,7 +234,7 @@ def divide_by_zero_3(model: Model, processes: int, micro_batches: int) -> Part:
         optimizer=3 * model.all.trained / processes,
         gradients=model.all.trained / processes,
         buffers=here * parts.all + 2 * bucket + model.copies,
-        gathered=micro_batches * (parts.all + again) + model.small.all,
+        gathered=micro_batches * (parts.all + again + model.tied) + model.small.all,
         scattered=micro_batches * model.all.trained,
     )
 

@@ -124,18 +124,15 @@ def test_engines_exchange_what_the_plan_says(name: str, case: str, counted: Path
     for rank in (0, 1):
         found = json.loads((counted / f"{name}-{case}-{rank}.json").read_text())
         part, sizes = planned(found, name, case), found["sizes"]
-        # Limits act on whole modules, and what reads the embeddings is not gathered for a backward
-        # pass that has no gradient for them: 4 % of these eight layers.
-        rel = 0.08 if name.endswith("a part released") else 0.05
         assert set(sizes) <= {"all_reduce", "all_gather", "reduce_scatter"}
         for kind, size in {
             "all_reduce": part.reduced, "all_gather": part.gathered,
             "reduce_scatter": part.scattered,
         }.items():  # fmt: skip
-            assert sizes.get(kind, 0) == pytest.approx(size, rel=rel, abs=64), kind
+            assert sizes.get(kind, 0) == pytest.approx(size, rel=0.05, abs=64), kind
         # Of two processes each sends a half of what is gathered or scattered, and as much as is
         # reduced. gloo scatters by all-reduce, which NCCL does not.
         sent = sizes.get("all_reduce", 0) + sizes.get("all_gather", 0) / 2
-        assert sent + sizes.get("reduce_scatter", 0) / 2 == pytest.approx(part.sent(2), rel=rel)
+        assert sent + sizes.get("reduce_scatter", 0) / 2 == pytest.approx(part.sent(2), rel=0.05)
         gloo = sent + sizes.get("reduce_scatter", 0)
         assert found["sent"] == pytest.approx(gloo, rel=0.05), "not all was counted"

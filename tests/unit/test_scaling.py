@@ -102,7 +102,7 @@ class Toy(nn.Module):
 def test_a_model_is_counted_as_engines_tell_it_apart() -> None:
     limits = {
         "stage3_param_persistence_threshold": 10,
-        "stage3_max_reuse_distance": 28,
+        "stage3_max_reuse_distance": 20,
         "stage3_prefetch_bucket_size": 8,
     }
     assert measure(Toy(), limits) == Model(
@@ -111,10 +111,15 @@ def test_a_model_is_counted_as_engines_tell_it_apart() -> None:
         odd=Weights(0, 64),
         root=Weights(64, 0),
         layer=Weights(32, 0),
-        reused=14 / 80,
+        reused=24 / 80,  # the last layer
         prefetched=8 / 80,
         looked_up=64,
     )
+    tied = Toy()
+    tied.get_output_embeddings = lambda: tied.embedding  # type: ignore[assignment]
+    assert measure(tied, limits).tied == 64
+    tied.embedding.requires_grad_(True)
+    assert measure(tied, limits).tied == 128
     # As in ds_configs/zero3.json: 40 elements stay whole, and nothing is released.
     shipped = measure(Toy(), {})
     assert shipped.small == shipped.all and shipped.reused == shipped.prefetched == 1
