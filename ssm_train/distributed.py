@@ -1,22 +1,15 @@
-"""Processes: the Accelerator, seeds, reductions, and one stop flag for all ranks.
+"""Processes: the Accelerator, seeds, reductions.
 
 The functions below work in one process and in many; nothing else in the package asks which.
 """
 
 from __future__ import annotations
 
-import _thread
-import json
 import os
 import random
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import Event, Thread
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -29,10 +22,6 @@ from ssm_train.errors import InputError
 T = TypeVar("T")
 Precision = Literal["bf16", "fp16", "fp32"]
 SECONDS_BETWEEN_QUESTIONS = 1.0
-SECONDS_TO_HEAR = 10.0
-SECONDS_TO_LEAVE = 2.0
-END = "ssm_train/end"
-"""Where a process says why all have to end."""
 ENGINES = ("NO", "MULTI_CPU", "MULTI_GPU")
 """Accelerate's distributed types that we build on."""
 ENGINE_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
@@ -151,58 +140,6 @@ def work_together(work: Callable[[], None] | None) -> None:
                 raise failures[0]
             if all(done for done, _ in everyone):
                 return
-
-
-def end_others(why: str) -> None:
-    """One rank. Ends every other process that is inside `hear_others` with this line, also where it
-    waits in a collective; returns when they know, or after `SECONDS_TO_HEAR`."""
-    if not dist.is_initialized() or world_size() == 1:
-        return
-    store = _store()
-    store.set(END, json.dumps([rank(), why]))
-    heard = [f"{END}-{other}" for other in range(world_size()) if other != rank()]
-    until = time.monotonic() + SECONDS_TO_HEAR
-    while time.monotonic() < until and not store.check(heard):
-        time.sleep(0.1)
-
-
-@contextmanager
-def hear_others() -> Iterator[None]:
-    """All ranks. Inside, a thread asks whether another process ends them all (`end_others`): then
-    this one says why, and ends with exit code 2."""
-    if not dist.is_initialized() or world_size() == 1:
-        yield
-        return
-    done, store = Event(), _store()
-
-    def listen() -> None:
-        while not done.wait(SECONDS_BETWEEN_QUESTIONS):
-            try:
-                if not store.check([END]):
-                    continue
-                who, why = json.loads(store.get(END))
-            except RuntimeError:  # the process that keeps the store has ended
-                return
-            if who != rank():
-                sys.stderr.write(f"error (rank {rank()}): {why}\n")
-                sys.stderr.flush()
-                store.set(f"{END}-{rank()}", "")
-                time.sleep(SECONDS_TO_LEAVE)  # a launcher ends the others when the first one ends
-                os._exit(2)  # the main thread may wait in a collective for ever
-
-    thread = Thread(target=listen, name="hear_others", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _store() -> Any:
-    """What all processes can write to; a connection of its own, as one waits while it is used."""
-    store: Any = dist.distributed_c10d._get_default_store()
-    return store.clone()
 
 
 def seed_everything(seed: int) -> None:
@@ -333,66 +270,3 @@ def autocast(prec: Precision, device: torch.device) -> AbstractContextManager[An
         return nullcontext()
     dtype = torch.bfloat16 if prec == "bf16" else torch.float16
     return torch.autocast(device.type, dtype=dtype)
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C; the ranks agree on it through the step's status.
-
-    A second SIGTERM or Ctrl-C interrupts at once, also a process that waits for another one. USR1
-    and USR2 only ask, as a job script does again and again. Use as a context: the old handlers come
-    back at the end.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    INSISTENT = (signal.SIGTERM, signal.SIGINT)
-    SECONDS_OF_ONE = 1.0
-    """A terminal signals every process, and a launcher passes its own on: these count once."""
-    SECONDS_TO_END = 5.0
-    """After which an interrupt that is not heard, in a call that does not return, ends anyway."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._interrupted = False
-        self._old: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopFlag:
-        heard, self._tell = os.pipe()
-        os.set_blocking(self._tell, False)
-        # Written by the signal itself: Python's handlers wait until the main thread is in Python.
-        self._old_fd = signal.set_wakeup_fd(self._tell, warn_on_full_buffer=False)
-        for number in self.SIGNALS:
-            self._old[number] = signal.signal(number, self._receive)
-        self._left = threading.Event()
-        threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._old_fd)
-        self._left.set()
-        os.close(self._tell)  # which ends the thread
-
-    def _receive(self, number: int, _: object) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-
-    def _listen(self, heard: int) -> None:
-        first: float | None = None
-        while number := os.read(heard, 1):
-            if number[0] not in self.INSISTENT:
-                continue
-            now = time.monotonic()
-            first = now if first is None else first
-            if now - first > self.SECONDS_OF_ONE:
-                self._interrupted = True
-                _thread.interrupt_main()
-                if not self._left.wait(self.SECONDS_TO_END):
-                    os.write(2, b"interrupted\n")
-                    os._exit(128 + signal.SIGINT)
-                break
-        os.close(heard)
-
-    def __bool__(self) -> bool:
-        return self.signal is not None

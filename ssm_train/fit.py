@@ -39,6 +39,7 @@ from ssm_train.resume import RunCheckpoints
 from ssm_train.runlog import RunLog
 from ssm_train.scaling import warn_of_parts
 from ssm_train.schedule import Schedule, plan_schedule
+from ssm_train.stop_flag import StopFlag
 from ssm_train.summary import Result, export_weights, print_summary, write_result
 from ssm_train.watchdog import beat, watch
 
@@ -57,7 +58,7 @@ class Ready:
     evaluations: Mapping[str, Evaluation]  # by split
     found: Checkpoint | None  # where a resumed run goes on, in the stage that it is in
     notes: list[str]
-    stop: distributed.StopFlag = field(default_factory=distributed.StopFlag)
+    stop: StopFlag = field(default_factory=StopFlag)
     """Set by signals from when `run_in` enters it, through all stages."""
 
     def __post_init__(self) -> None:

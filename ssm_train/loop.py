@@ -23,6 +23,7 @@ from ssm_train.optim import OptimSettings, lr_at
 from ssm_train.out_of_memory import BatchTooLarge, cut, explain_out_of_memory, halve
 from ssm_train.schedule import Schedule
 from ssm_train.spikes import describe, is_spike, remember
+from ssm_train.stop_flag import StopFlag
 from ssm_train.watchdog import beat
 
 VANISHED_LOSS = 1e-6
@@ -60,7 +61,7 @@ class Training:
     main_metric: str = "loss"
     higher_is_better: bool = False
     least_metric: dict[int, float] = field(default_factory=dict)  # epoch -> least main metric
-    stop: distributed.StopFlag | None = None
+    stop: StopFlag | None = None
     cuda_graphs: bool = False
     max_bad_steps: int = 10
     spike_threshold: float = 0.0

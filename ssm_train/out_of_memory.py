@@ -10,6 +10,7 @@ import torch
 
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch
+from ssm_train.ending import end_others
 from ssm_train.errors import InputError
 
 
@@ -29,7 +30,7 @@ def explain_out_of_memory(batch: Batch) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         explained = BatchTooLarge(batch)
-        distributed.end_others(str(explained))
+        end_others(str(explained))
         raise explained from error
 
 

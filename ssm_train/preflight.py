@@ -14,6 +14,7 @@ from torch import nn
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch
 from ssm_train.data.batches import collate, pack
+from ssm_train.ending import hear_others
 from ssm_train.isolation import check_isolation
 from ssm_train.out_of_memory import BatchTooLarge, explain_out_of_memory, halve
 from ssm_train.peft.liveness import check_liveness, unchanged
@@ -51,7 +52,7 @@ def prove_alive(ready: Ready, model: nn.Module) -> None:
     batch = ready.micro_batches(0)[0]
     while True:
         try:
-            with distributed.hear_others(), explain_out_of_memory(batch):
+            with hear_others(), explain_out_of_memory(batch):
                 return check_liveness(
                     model,
                     batch.to(ready.engine.device),

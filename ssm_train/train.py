@@ -44,6 +44,7 @@ from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
 from ssm_train.data.fingerprint import fingerprint
 from ssm_train.data.sources import check_data
+from ssm_train.ending import hear_others
 from ssm_train.engines import build_engine
 from ssm_train.engines.zero_config import Numbers
 from ssm_train.errors import InputError
@@ -128,7 +129,7 @@ def run_in(
         differing = differing_facts(read_environment(repeats), read_environment(run_dir))
         lines += [f"unlike {repeats}: {line}" for line in differing]
     result = None
-    with ready.stop, distributed.hear_others():
+    with ready.stop, hear_others():
         if ready.warms_up:
             result = warm_up(ready, main_metric, lines)
             lines = [*ready.notes, str(measure_coverage(ready.subject.prepared.model))]

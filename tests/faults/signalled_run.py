@@ -9,7 +9,7 @@ from typing import Any
 
 from ssm_train import fit
 from ssm_train.cli import main
-from ssm_train.distributed import StopFlag
+from ssm_train.stop_flag import StopFlag
 
 if __name__ == "__main__":
     rank, step, names, *command = sys.argv[1:]

@@ -14,6 +14,7 @@ from ssm_train.engines.replicated import Replicated
 from ssm_train.loop import Training, TrainState, train
 from ssm_train.optim import OptimSettings, build_optimizer
 from ssm_train.schedule import LoopSettings, Schedule, plan_schedule
+from ssm_train.stop_flag import StopFlag
 
 VOCAB = 13
 DOCUMENTS = [torch.arange(n) * (n + 3) % VOCAB for n in (9, 2, 5, 14, 3, 7, 11, 4)]
@@ -182,7 +183,7 @@ def test_a_spike_is_counted_and_said_with_the_log():
 
 def test_a_stop_request_saves_and_stops():
     saved = []
-    with distributed.StopFlag() as stop:
+    with StopFlag() as stop:
 
         def log(row):
             if row["step"] == 3:

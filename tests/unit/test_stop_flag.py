@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from ssm_train.commands import INTERRUPTED
-from ssm_train.distributed import StopFlag
+from ssm_train.stop_flag import StopFlag
 
 LONG = 0.4  # seconds between signals that count as two
 
