@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_a_stop_request_saves_and_stops():
 
         def log(row):
             if row["step"] == 3:
-                os.kill(os.getpid(), distributed.signal.SIGUSR1)
+                os.kill(os.getpid(), signal.SIGUSR1)
 
         run = training(
             4, 1, total_steps=9, log=log, stop=stop, save=lambda state: saved.append(state.step),
