@@ -68,8 +68,16 @@ def test_steps_while_a_save_is_written_do_not_reach_it(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = saved.copy("moved on")
-    moved_on, kept = threading.Event(), dict(saved.kept)
-    monkeypatch.setattr(durable, "at_write_point", lambda _: moved_on.wait(20))
+    moved_on, compared, kept = threading.Event(), threading.Event(), dict(saved.kept)
+    threads: list[threading.Thread] = []
+
+    def hold(_: str) -> None:
+        if threading.current_thread() not in threads:
+            threads.append(threading.current_thread())
+        event = moved_on if threads[0] is threading.current_thread() else compared
+        event.wait(20)
+
+    monkeypatch.setattr(durable, "at_write_point", hold)
     saved.trained.put_back(kept[3])
     checkpoints = saved.trained.checkpoints(run_dir)
     state = TrainState(step=3, tokens=30)
@@ -84,6 +92,7 @@ def test_steps_while_a_save_is_written_do_not_reach_it(
     found, _ = find_resume_point(run_dir)
     assert found is not None and found.state["train"]["best"] == {}
     saved.trained.assert_resumes(run_dir, kept, 3)
+    compared.set()
     checkpoints.finish()
     saved.trained.assert_resumes(run_dir, kept, 5)
 
