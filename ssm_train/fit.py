@@ -29,6 +29,7 @@ from ssm_train.evaluate import Evaluation
 from ssm_train.loop import Outcome, Training, TrainState, explain_bad_steps, train
 from ssm_train.metrics import LOSSES, Progress
 from ssm_train.optim import build_optimizer, describe_rates, same_rate
+from ssm_train.out_of_memory import explain_out_of_memory_in_evaluation
 from ssm_train.peft.coverage import count_parameters
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.plan import memory_of_gpu
@@ -134,8 +135,12 @@ class Stage:
 
     def evaluate(self, step: int, split: str = "val") -> dict[str, float]:
         """All ranks. Metrics of a split, which the log gets too."""
-        with self.ready.engine.whole() as model:
-            values, rows = self.ready.evaluations[split].run(model)
+        evaluation = self.ready.evaluations[split]
+        with (
+            explain_out_of_memory_in_evaluation(evaluation.batch_size),
+            self.ready.engine.whole() as model,
+        ):
+            values, rows = evaluation.run(model)
         self.log.evaluated(step, split, values, rows)
         return values
 

@@ -34,6 +34,17 @@ def explain_out_of_memory(batch: Batch) -> Iterator[None]:
         raise explained from error
 
 
+@contextmanager
+def explain_out_of_memory_in_evaluation(rows: int) -> Iterator[None]:
+    """The same for an evaluation in batches of so many rows; raises InputError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        why = f"out of memory in an evaluation with {rows} examples a batch: lower eval_batch_size"
+        end_others(why)
+        raise InputError(why) from error
+
+
 def describe(batch: Batch) -> str:
     rows, tokens = batch.input_ids.shape
     shape = f"a batch of {rows} x {tokens:,} tokens"

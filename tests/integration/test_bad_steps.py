@@ -296,6 +296,21 @@ def test_a_first_batch_that_is_too_large_is_said_before_anything_is_written(
     assert not (tmp_path / "output").exists()
 
 
+def test_out_of_memory_in_an_evaluation_says_what_to_change(tmp_path, monkeypatch):
+    of = MambaAdapter.token_losses
+
+    def token_losses(self, model, batch):
+        if len(batch.input_ids) > 4:
+            raise torch.OutOfMemoryError("no memory")
+        return of(self, model, batch)
+
+    monkeypatch.setattr(MambaAdapter, "token_losses", token_losses)
+    with pytest.raises(InputError, match="evaluation with 8 examples a batch: lower eval_batch"):
+        train(write_config(tmp_path, "eval", "mamba", max_steps=2))
+    config = write_config(tmp_path, "smaller", "mamba", max_steps=2, eval_batch_size=4)
+    assert train(config).outcome == "finished"
+
+
 # ---------------------------------------------------------------- trackers, clock
 
 
