@@ -27,7 +27,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
     test-gpu test-oldest-peft matrix fuzz lint clean help
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -13
+	@sed -n '/^#/!q; s/^# \?//p' Makefile
 
 quickstart: .venv/installed
 	@$(RUN) train.py --cfg cfg/quickstart/gla_lora.yaml --overwrite
