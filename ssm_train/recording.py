@@ -19,8 +19,8 @@ def record(
 ) -> Iterator[torch.cuda.CUDAGraph]:
     """A graph of what is launched inside; nothing runs. NotRecorded where that cannot be.
 
-    PyTorch leaves a failed recording half open: its stream is the current one, random numbers are
-    refused, memory stays in the graph's pool. Here all three are as before. With `random` a failure
+    PyTorch leaves a failed recording half open: its stream is the current one and random numbers
+    are refused. Here both are as before, and the graph's pool is given up. With `random` a failure
     gives the device another state of random numbers, equal to the one before: graphs recorded
     earlier draw from the old one and must not be replayed. Without it no random number may be
     drawn inside.
