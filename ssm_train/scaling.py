@@ -3,15 +3,13 @@ model's parameters, as engines really keep and send them (`tests/parallel/test_t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ssm_train.config import RunConfig
-from ssm_train.engines.fsdp import find_layers
+from ssm_train.engines.fsdp import find_layers, main_dtype
 from ssm_train.engines.zero_config import AUTO, BUCKET, fill_sizes
 from ssm_train.plan import GIB, ROOM, Plan, gib, shape_run
 
@@ -72,12 +70,9 @@ def measure(model: nn.Module, zero_3: Mapping[str, int], copies: float = 0.0) ->
     elements = sum(p.numel() for p in parameters)
     limits = {**default_limits(parameters), **zero_3}
     persistent, distance, ahead = (limits[name] for name in ZERO_3_LIMITS)
-    dtypes: Counter[torch.dtype] = Counter()
-    for parameter in parameters:
-        dtypes[parameter.dtype] += parameter.numel()
-    (most, _), *_ = dtypes.most_common()
+    most = main_dtype(model)
     layers = find_layers(model)
-    embeddings = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+    embeddings = find_embeddings(model)
     in_layers = {p for layer in layers for p in layer.parameters()}
     head = find_head(model)
     return Model(
@@ -112,12 +107,16 @@ def share_kept(model: nn.Module, distance: int) -> float:
     if distance >= elements:
         return 1.0
     layers = [sum(p.numel() for p in layer.parameters()) for layer in find_layers(model)]
-    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    kept = after = elements - sum(layers) - sum(p.numel() for p in embeddings)  # norm and head
+    embeddings = sum(p.numel() for p in find_embeddings(model))
+    kept = after = elements - sum(layers) - embeddings  # norm and head
     for layer in reversed(layers):
         kept += layer if after < distance else 0
         after += layer
     return kept / elements
+
+
+def find_embeddings(model: nn.Module) -> list[nn.Parameter]:
+    return [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
 
 
 def find_head(model: nn.Module) -> nn.Module | None:
