@@ -29,9 +29,7 @@ def explain_out_of_memory(batch: Batch) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        explained = BatchTooLarge(batch)
-        end_others(str(explained))
-        raise explained from error
+        raise told_to_all(BatchTooLarge(batch)) from error
 
 
 @contextmanager
@@ -41,8 +39,13 @@ def explain_out_of_memory_in_evaluation(rows: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         why = f"out of memory in an evaluation with {rows} examples a batch: lower eval_batch_size"
-        end_others(why)
-        raise InputError(why) from error
+        raise told_to_all(InputError(why)) from error
+
+
+def told_to_all(error: InputError) -> InputError:
+    """The error, with which the other processes end too."""
+    end_others(str(error))
+    return error
 
 
 def describe(batch: Batch) -> str:
