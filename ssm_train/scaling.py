@@ -11,6 +11,7 @@ from torch import nn
 from ssm_train.config import RunConfig
 from ssm_train.engines.fsdp import find_layers, main_dtype
 from ssm_train.engines.zero_config import AUTO, BUCKET, fill_sizes
+from ssm_train.peft.targets import find_head
 from ssm_train.plan import GIB, ROOM, Plan, gib, shape_run
 
 GB = 1e9  # of what is sent; memory is in GiB
@@ -117,11 +118,6 @@ def share_kept(model: nn.Module, distance: int) -> float:
 
 def find_embeddings(model: nn.Module) -> list[nn.Parameter]:
     return [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
-
-
-def find_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if get is not None else None
 
 
 def default_limits(parameters: Sequence[nn.Parameter]) -> dict[str, int]:

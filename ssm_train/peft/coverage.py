@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ssm_train.peft.lora import lora_layers
+from ssm_train.peft.targets import find_head
 from ssm_train.peft.tuner import own_layers
 
 
@@ -49,8 +50,7 @@ def measure_coverage(model: nn.Module) -> Coverage:
     """Counts what is adapted in a model after injection. Sharded parameters count in full."""
     own = own_layers(model)
     layers: dict[str, Any] = own or lora_layers(model)
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head else None
+    head = find_head(model)
     inside = tuple(f"{name}." for name in layers)
     untouched = sum(
         isinstance(module, nn.Linear) and module is not head and not name.startswith(inside)

@@ -128,10 +128,14 @@ def rank_of(name: str, settings: LoraSettings) -> int:
     )
 
 
+def find_head(model: nn.Module) -> nn.Module | None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    return get_head() if get_head else None
+
+
 def _linear_layers(model: nn.Module) -> list[str]:
     """Names of all linear layers but the output head."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head else None
+    head = find_head(model)
     return [
         name
         for name, module in model.named_modules()
