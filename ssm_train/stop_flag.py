@@ -11,14 +11,15 @@ from typing import Any
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C; the ranks agree on it through the step's status.
+    """Set by SIGTERM, SIGUSR1, SIGUSR2, SIGURG or Ctrl-C; the ranks agree on it through the step's
+    status.
 
-    A second SIGTERM or Ctrl-C interrupts at once, also a process that waits for another one. USR1
-    and USR2 only ask, as a job script does again and again. Use as a context: the old handlers come
-    back at the end.
+    A second SIGTERM or Ctrl-C interrupts at once, also a process that waits for another one. The
+    others only ask, as a job script does again and again: by URG, which harms no process that does
+    not listen yet. Use as a context: the old handlers come back at the end.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG, signal.SIGINT)
     INSISTENT = (signal.SIGTERM, signal.SIGINT)
     SECONDS_OF_ONE = 1.0
     """A terminal signals every process, and a launcher passes its own on: these count once."""

@@ -87,7 +87,7 @@ find_address() {
     scontrol show node --oneliner "$head_node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
 }
 
-# One task a node. The signal goes to every process of it, and only the training processes know what
+# One task a node. Should somebody send USR1 to all of the job, only the training processes know what
 # to do: the others have to ignore it, which a process inherits.
 start_on_node() {
     trap '' USR1
@@ -104,9 +104,10 @@ ask_to_stop() {
         return
     fi
     say "USR1: the run is asked to save itself"
-    # Again and again: a run that still loads its model does not listen yet.
+    # URG does nothing to a process that does not know it, such as a task that only starts or a
+    # launcher. Again and again: a run that still loads its model does not listen yet.
     while true; do
-        scancel --signal=USR1 "$job"
+        scancel --signal=URG "$job"
         sleep 5
     done &
     asking=$!

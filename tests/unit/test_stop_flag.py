@@ -96,10 +96,11 @@ def test_one_that_a_launcher_passes_on_counts_once() -> None:
         assert end_of(pid) == signal.SIGTERM
 
 
-def test_a_job_script_may_ask_again_and_again() -> None:
+@pytest.mark.parametrize("number", sorted(set(StopFlag.SIGNALS) - set(StopFlag.INSISTENT)))
+def test_a_job_script_may_ask_again_and_again(number: signal.Signals) -> None:
     with child(save_slowly) as pid:
-        send(pid, *[signal.SIGUSR1] * 4, pause=LONG / 3)
-        assert end_of(pid) == signal.SIGUSR1
+        send(pid, *[number] * 4, pause=LONG / 3)
+        assert end_of(pid) == number
 
 
 def test_a_process_that_waits_is_interrupted() -> None:
