@@ -37,7 +37,7 @@ from ssm_train.plot import plot_selection
 from ssm_train.preflight import prove_alive
 from ssm_train.record import WARMUP
 from ssm_train.resume import RunCheckpoints
-from ssm_train.runlog import RunLog
+from ssm_train.runlog import RunLog, show_batches
 from ssm_train.scaling import warn_of_parts
 from ssm_train.schedule import Schedule, plan_schedule
 from ssm_train.stop_flag import StopFlag
@@ -99,7 +99,9 @@ class Ready:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's part of optimizer step `step`."""
-        return make_batches(self.data["train"], self.order, self.cfg, step)
+        batches = make_batches(self.data["train"], self.order, self.cfg, step)
+        show_batches(batches)
+        return batches
 
     def examples(self) -> Iterator[Batch]:
         """The training examples in the order of training, one a batch; on every rank the same."""

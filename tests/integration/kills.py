@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from tiny_runs import LORA, SPARSE, assert_same_tensors, write_config
 from torch import Tensor
 
 from ssm_train import durable, snapshot
-from ssm_train.checkpoint import CheckpointSettings
+from ssm_train.checkpoint import CheckpointSettings, write_manifest
 from ssm_train.config import load_config, run_directory
 from ssm_train.engines.replicated import Replicated
 from ssm_train.loop import TrainState
@@ -241,3 +242,23 @@ def spoil(file: Path, damage: Damage, place: int) -> bytes:
         assert spoilt != data, (file, damage, place)
         file.write_bytes(spoilt)
     return data
+
+
+def newest(run_dir: Path) -> Path:
+    return max((run_dir / "checkpoints").glob("step-*"))
+
+
+def sign(checkpoint: Path) -> None:
+    """As if it had been written so."""
+    world_size = json.loads((checkpoint / "manifest.json").read_text())["world_size"]
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, int(checkpoint.name.removeprefix("step-")), world_size)
+
+
+def change_numpy_state(run_dir: Path, rank: int = 0) -> None:
+    """In the newest checkpoint."""
+    file = newest(run_dir) / f"rng-{rank:05}.json"
+    state = json.loads(file.read_text())
+    state["numpy"]["pos"] += 1
+    file.write_text(json.dumps(state))
+    sign(file.parent)
