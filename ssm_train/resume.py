@@ -84,7 +84,7 @@ class RunCheckpoints:
         }
         later = self.settings.async_save
         if distributed.is_main():
-            if later:
+            if later and not self.engine.copies_state:
                 tensors = self.copies = {
                     group: snapshot.copy_tensors(named, self.copies.get(group))
                     for group, named in tensors.items()
@@ -164,11 +164,13 @@ class RunCheckpoints:
         self.shared = True
 
     def _changed_base(self) -> dict[str, Tensor]:
-        """All ranks. On the CPU, as an engine may take weights back; full fine-tuning has none, and
-        gathers none."""
-        if self.method is None:
+        """All ranks. For rank 0, on the CPU, as an engine may take weights back. Where there is
+        nothing, no weights are gathered."""
+        if self.method is None or not self.method.changes_base:
             return {}
-        with self.engine.whole() as model:
+        with self.engine.for_writing() as model:
+            if model is None or not distributed.is_main():
+                return {}
             return {name: t.detach().cpu() for name, t in self.method.changed_base(model).items()}
 
     def restore(self, found: checkpoint.Checkpoint) -> TrainState:
