@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
+from ssm_train.durable import write_atomically, writing
 from ssm_train.errors import InputError
 from ssm_train.settings import Settings
 
@@ -75,18 +75,18 @@ class MetricsLog:
         if resume_step is not None and path.exists():
             rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
             self.kept = [row for row in rows if row.get("split") != "test"]
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(_line(row) for row in self.kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, "".join(_line(row) for row in self.kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, split: str, row: Row) -> None:
         assert "step" in row, row
-        self._file.write(_line({"split": split, **row}))
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(_line({"split": split, **row}))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):  # it tries again to write what could not be written
+            self._file.close()
 
     def __enter__(self) -> MetricsLog:
         return self

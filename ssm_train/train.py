@@ -44,6 +44,7 @@ from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
 from ssm_train.data.fingerprint import fingerprint
 from ssm_train.data.sources import check_data
+from ssm_train.durable import writing
 from ssm_train.ending import hear_others
 from ssm_train.engines import build_engine
 from ssm_train.engines.zero_config import Numbers
@@ -66,6 +67,7 @@ from ssm_train.record import (
     differing_facts,
     read_environment,
     record_peft,
+    replace_directory,
 )
 from ssm_train.resume import find_resume_point
 from ssm_train.revisions import hub_commits
@@ -93,7 +95,7 @@ def run(
     main = os.environ.get("RANK", "0") == "0"  # asked before the processes know each other
     if main and not cfg.lock:
         check_free(run_dir)
-    with own(run_dir) if cfg.lock and main else nullcontext():
+    with writing(run_dir), own(run_dir) if cfg.lock and main else nullcontext():
         return run_in(run_dir, cfg, provenance, given, repeats)
 
 
@@ -122,14 +124,14 @@ def run_in(
     if (unfinished := train_base(cfg)) is not None:
         return unfinished
     ready = get_ready(run_dir, cfg, splits, peft, given)
-    claim_directory(ready, peft)
-    lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
-    lines += [*changes, *ready.notes]
-    if repeats is not None:
-        differing = differing_facts(read_environment(repeats), read_environment(run_dir))
-        lines += [f"unlike {repeats}: {line}" for line in differing]
-    result = None
     with ready.stop, hear_others():
+        claim_directory(ready, peft)
+        lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
+        lines += [*changes, *ready.notes]
+        if repeats is not None:
+            differing = differing_facts(read_environment(repeats), read_environment(run_dir))
+            lines += [f"unlike {repeats}: {line}" for line in differing]
+        result = None
         if ready.warms_up:
             result = warm_up(ready, main_metric, lines)
             lines = [*ready.notes, str(measure_coverage(ready.subject.prepared.model))]
@@ -257,7 +259,8 @@ def claim_directory(ready: Ready, peft: PeftSpec | None) -> None:
         if cfg.model is not None:
             record_base(run_dir, str(ready.base))
         if isinstance(cfg.tokenizer, dict):  # built from the training data
-            ready.subject.prepared.tokenizer.save_pretrained(run_dir / "tokenizer")
+            with replace_directory(run_dir / "tokenizer") as directory:
+                ready.subject.prepared.tokenizer.save_pretrained(directory)
         if ready.subject.method and ready.base is None:
             ready.base = str(keep_new_base(cfg, run_dir))
     distributed.barrier()
