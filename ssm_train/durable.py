@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from ssm_train.errors import UNUSABLE_DISK, system_error
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SECONDS_TO_APPEAR = 10.0
 
 at_write_point: Callable[[str], None] | None = None
 """Called at every write point. None but in fault tests, which kill the process there."""
@@ -116,3 +119,23 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def remove_if_possible(path: Path) -> None:
+    """As far as it goes: NFS keeps the name of a file, in its directory, while someone reads it."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def appears(path: Path) -> bool:
+    """Whether it is there, or comes in `SECONDS_TO_APPEAR`, as what another host has just written
+    does on NFS."""
+    until = time.monotonic() + SECONDS_TO_APPEAR
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+        with suppress(OSError):
+            os.listdir(path.parent)  # which asks the server again
+    return path.exists()
