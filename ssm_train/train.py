@@ -51,7 +51,6 @@ from ssm_train.engines.zero_config import Numbers
 from ssm_train.errors import InputError
 from ssm_train.fit import Ready, fit, tell_compiling, warm_up
 from ssm_train.lock import check_free, own
-from ssm_train.metrics import check_trackers
 from ssm_train.optim import lr_at
 from ssm_train.peft.coverage import measure_coverage
 from ssm_train.peft.sd_lora import SdLoraMethod
@@ -72,6 +71,7 @@ from ssm_train.record import (
 from ssm_train.resume import find_resume_point
 from ssm_train.revisions import hub_commits
 from ssm_train.summary import Result
+from ssm_train.trackers import check_trackers
 
 
 def run(
