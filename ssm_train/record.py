@@ -152,6 +152,22 @@ def check_peft(run_dir: Path, settings: Mapping[str, Any]) -> None:
     )
 
 
+def check_same_data(run_dir: Path, data: Mapping[str, Any]) -> None:
+    """Raises InputError where the training data are not those that the run began with."""
+    if not (run_dir / FACTS_FILE).is_file():
+        return
+    began = read_environment(run_dir).get("data")
+    if began in (None, data):
+        return
+    counts = [
+        f"{d.get('examples'):,} examples of {d.get('tokens'):,} tokens" for d in (began, data)
+    ]
+    raise InputError(
+        f"--resume: the training data were {counts[0]} when the run began and are others now, "
+        f"{counts[1]}; put them back, or start a new run for them"
+    )
+
+
 @contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
     """Rank 0. A directory to write in, which becomes `path` when all is written: no reader, and

@@ -62,6 +62,7 @@ from ssm_train.record import (
     WARMUP,
     check_peft,
     check_run_directory,
+    check_same_data,
     create_run_directory,
     differing_facts,
     read_environment,
@@ -124,8 +125,8 @@ def run_in(
     if (unfinished := train_base(cfg)) is not None:
         return unfinished
     ready = get_ready(run_dir, cfg, splits, peft, given)
+    claim_directory(ready, peft)
     with ready.stop, hear_others():
-        claim_directory(ready, peft)
         lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
         lines += [*changes, *ready.notes]
         if repeats is not None:
@@ -242,28 +243,34 @@ def check_warmup(cfg: RunConfig, warmup_steps: int, total_steps: int) -> None:
 
 def claim_directory(ready: Ready, peft: PeftSpec | None) -> None:
     """All ranks. Rank 0 makes the run directory; what can be mended was found before."""
+    claim = partial(write_record, ready, peft)
+    distributed.work_together(claim if distributed.is_main() else None)
+
+
+def write_record(ready: Ready, peft: PeftSpec | None) -> None:
+    """Rank 0."""
     run_dir, cfg = ready.run_dir, ready.cfg
-    if distributed.is_main():  # rank 0
-        new = not (cfg.resume or cfg.overwrite)
-        create_run_directory(
-            run_dir, dump_yaml(cfg), overwrite=cfg.overwrite, new=new,
-            engine=ready.engine.name, processes=distributed.world_size(),
-            device=str(ready.engine.device), data=fingerprint(ready.data["train"]),
-            hub_commits=hub_commits(
-                cfg, ready.data, ready.base, cfg.revision,
-                ready.subject.prepared.tokenizer.name_or_path,
-            ),
-        )  # fmt: skip
-        if peft:
-            record_peft(run_dir, peft.dump())
-        if cfg.model is not None:
-            record_base(run_dir, str(ready.base))
-        if isinstance(cfg.tokenizer, dict):  # built from the training data
-            with replace_directory(run_dir / "tokenizer") as directory:
-                ready.subject.prepared.tokenizer.save_pretrained(directory)
-        if ready.subject.method and ready.base is None:
-            ready.base = str(keep_new_base(cfg, run_dir))
-    distributed.barrier()
+    data = fingerprint(ready.data["train"])
+    if cfg.resume:
+        check_same_data(run_dir, data)
+    create_run_directory(
+        run_dir, dump_yaml(cfg), overwrite=cfg.overwrite, new=not (cfg.resume or cfg.overwrite),
+        engine=ready.engine.name, processes=distributed.world_size(),
+        device=str(ready.engine.device), data=data,
+        hub_commits=hub_commits(
+            cfg, ready.data, ready.base, cfg.revision,
+            ready.subject.prepared.tokenizer.name_or_path,
+        ),
+    )  # fmt: skip
+    if peft:
+        record_peft(run_dir, peft.dump())
+    if cfg.model is not None:
+        record_base(run_dir, str(ready.base))
+    if isinstance(cfg.tokenizer, dict):  # built from the training data
+        with replace_directory(run_dir / "tokenizer") as directory:
+            ready.subject.prepared.tokenizer.save_pretrained(directory)
+    if ready.subject.method and ready.base is None:
+        ready.base = str(keep_new_base(cfg, run_dir))
 
 
 def train_base(cfg: RunConfig) -> Result | None:

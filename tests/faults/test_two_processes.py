@@ -70,15 +70,23 @@ def test_a_directory_that_is_not_shared_ends_both(tmp_path: Path) -> None:
         assert "must be on a file system that all nodes share" in error
 
 
-def test_both_stop_where_the_record_cannot_be_written(
-    tmp_path: Path, disks: Callable[[Path], Path]
+@pytest.mark.parametrize(
+    ("resume", "free_pages", "file"), [(False, 1, "environment.json"), (True, 16, "metrics.jsonl")]
+)
+def test_both_stop_where_rank_0_cannot_write(
+    resume: bool, free_pages: int, file: str, tmp_path: Path, disks: Callable[[Path], Path]
 ) -> None:
     disk = disks(tmp_path / "disk")
-    fill(disk, 1)
-    config = write(tmp_path, "full", output_root=str(disk))
-    ended = start_two("-m", "ssm_train.train", "--cfg", config)
+    config = write(tmp_path, "full", output_root=str(disk), skip_eval=True, save_steps=999)
+    command = ["-m", "ssm_train.train", "--cfg", config, "max_steps=400"]
+    if resume:
+        done = start(2, *command[:-1], "max_steps=2")
+        assert done.returncode == 0, done.stderr
+        command.append("--resume")
+    fill(disk, free_pages)
+    ended = start_two(*command)
     assert [code for code, _ in ended] == [2, 2], ended
     for who, (_, error) in zip(("error", "error (rank 1)"), ended, strict=True):
-        where = disk / "train_seed42" / "full" / "environment.json"
+        where = disk / "train_seed42" / "full" / file
         assert f"{who}: {where}: No space left on device; make room" in error, error
         assert "Traceback" not in error

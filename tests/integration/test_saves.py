@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kills import FIRST, Saved, flip_a_bit, fork, kill_at, save_two, spoil
 from tiny_runs import LORA, assert_same_run, stop_in_step, train, write_config
 
@@ -221,3 +222,22 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
     assert train(config).outcome == "finished"
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("warning: an old checkpoint cannot be removed: [Errno 39]") == 1
+
+
+def test_the_loss_scaler_comes_back(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fp16, which itself needs a GPU."""
+    run_dir = saved.copy("scaled")
+
+    def scaler(scale: float) -> torch.amp.GradScaler:
+        made = torch.amp.GradScaler("cpu", init_scale=scale)
+        made.scale(torch.ones(()))  # from when on it is there
+        return made
+
+    engine = saved.trained.engine
+    monkeypatch.setattr(engine, "scaler", scaler(64.0))
+    saved.trained.save(run_dir, 3)
+    engine.scaler = scaler(2.0)
+    found, _ = find_resume_point(run_dir)
+    assert found is not None
+    saved.trained.checkpoints(run_dir).restore(found)
+    assert engine.scaler.state_dict() == scaler(64.0).state_dict()
