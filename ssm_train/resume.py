@@ -16,6 +16,7 @@ from torch import Tensor
 from ssm_train import checkpoint, distributed, snapshot
 from ssm_train.adapters.base import PeftMethod
 from ssm_train.checkpoint import CheckpointSettings, Group
+from ssm_train.durable import appears
 from ssm_train.engines.base import Engine
 from ssm_train.errors import InputError
 from ssm_train.loop import TrainState
@@ -113,7 +114,10 @@ class RunCheckpoints:
             checkpoint.write_pointer(self.run_dir, "best", best)
         best = checkpoint.read_pointer(self.run_dir, "best")
         limit = self.settings.save_total_limit
-        checkpoint.prune(self.run_dir, limit, () if best is None else (best,))
+        try:
+            checkpoint.prune(self.run_dir, limit, () if best is None else (best,))
+        except OSError as error:  # what was saved counts
+            self.say(f"warning: an old checkpoint cannot be removed: {error}; remove it by hand")
 
     def finish(self) -> None:
         """All ranks. Waits for the save under way. Where it failed, all ranks raise InputError, or
@@ -153,9 +157,9 @@ class RunCheckpoints:
         if distributed.is_main():
             with suppress(OSError):  # the save meets it again
                 directory.mkdir(parents=True, exist_ok=True)
-        distributed.barrier()
-        seen = distributed.gather_objects([directory.is_dir()])
-        if seen[0] and not all(seen):
+        [made, *_] = distributed.gather_objects([directory.is_dir()])
+        seen = distributed.gather_objects([made and appears(directory)])
+        if made and not all(seen):
             blind = [rank for rank, sees in enumerate(seen) if not sees]
             raise InputError(
                 f"ranks {blind} of {len(seen)} do not see {directory}, which rank 0 has made; the "
@@ -221,13 +225,12 @@ def find_resume_point(run_dir: Path) -> tuple[checkpoint.Checkpoint | None, list
     if path is None:
         none = "no checkpoint is whole" if skipped else "no checkpoint yet"
         return None, [*notes, f"{none}: starting from step 0"]
-    try:
-        point = checkpoint.load_checkpoint(path, rank=distributed.rank(), verify=False)
-    except FileNotFoundError:
+    if not appears(path / checkpoint.MANIFEST):
         raise InputError(
             f"rank {distributed.rank()} does not see {path}, from which rank 0 resumes; the run "
             "directory must be on a file system that all nodes share"
-        ) from None
+        )
+    point = checkpoint.load_checkpoint(path, rank=distributed.rank(), verify=False)
     check_state(point.state, path)
     return point, [*notes, f"resuming from {path.name}"]
 
