@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from ssm_train.errors import InputError
 from ssm_train.parts import collect
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SECONDS_TO_BUILD = 600
+"""Of an extension, which takes a minute or two."""
 
 
 class Zero:
@@ -57,6 +61,9 @@ class Zero:
         return copy
 
     def prepare(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        await_build(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
         deepspeed = load_deepspeed(self.device)
         self.bare = bare
         self.hollow = HollowModel(bare) if self.shards_weights else None
@@ -250,6 +257,19 @@ def copy_part(part: Tensor, value: Tensor) -> None:
 
 def shape_of(parameter: Any) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def await_build(directory: Path) -> None:
+    """Until no other process builds an extension of DeepSpeed there. Raises InputError for a lock
+    that one has left which was killed: torch would wait for it for ever."""
+    for lock in directory.rglob("deepspeed_*/lock"):
+        with suppress(FileNotFoundError):
+            while (age := time.time() - lock.stat().st_mtime) < SECONDS_TO_BUILD:
+                time.sleep(0.2)
+            raise InputError(
+                f"{lock} says since {age / 60:.0f} minutes that an extension of DeepSpeed is being "
+                "built; remove it if no process does, as one that was killed leaves it"
+            )
 
 
 def load_deepspeed(device: torch.device) -> Any:
