@@ -35,6 +35,8 @@ from ssm_train.settings import Settings
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+UNREADABLE = "cannot be read"
+"""In the words of `find_damage` for what may pass: an error of the disk, or of permissions."""
 Group = Literal["trainable", "optimizer", "base"]
 
 
@@ -176,7 +178,7 @@ def find_damage(path: Path, *, hashes: bool = True) -> str | None:
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
-        return f"{MANIFEST} cannot be read ({error.strerror})"
+        return f"{MANIFEST} {UNREADABLE} ({error.strerror})"
     except (ValueError, RecursionError):
         return f"{MANIFEST} is not JSON"
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != own_digest(manifest):
@@ -195,7 +197,7 @@ def find_damage(path: Path, *, hashes: bool = True) -> str | None:
             if hashes and digest(file) != expected["sha256"]:
                 return f"{name} does not match its SHA-256"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            return f"{name} {UNREADABLE} ({error.strerror})"
     return None
 
 

@@ -216,11 +216,18 @@ class RunCheckpoints:
 
 def find_resume_point(run_dir: Path) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     """All ranks. The newest checkpoint that verifies, and lines that say what was skipped or not
-    found. Rank 0 looks for it. Raises InputError where another rank cannot read it."""
+    found. Rank 0 looks for it. Raises InputError where another rank cannot read it, or where none
+    is whole and one cannot be read, which may pass."""
     found: list[tuple[Path | None, list[str]]] = []
     if distributed.is_main():
         found = [checkpoint.latest_checkpoint(run_dir)]
     [(path, skipped)] = distributed.gather_objects(found)
+    unreadable = [line for line in skipped if checkpoint.UNREADABLE in line]
+    if path is None and unreadable:
+        raise InputError(
+            f"checkpoint {run_dir.name}/{unreadable[0]}, and no other one is whole; make it "
+            "readable and resume again, or remove it to start from step 0"
+        )
     notes = [f"skipped a damaged checkpoint: {line}" for line in skipped]
     if path is None:
         none = "no checkpoint is whole" if skipped else "no checkpoint yet"
