@@ -49,6 +49,7 @@ from ssm_train.engines import build_engine
 from ssm_train.engines.zero_config import Numbers
 from ssm_train.errors import InputError
 from ssm_train.fit import Ready, fit, tell_compiling, warm_up
+from ssm_train.health.preflight import compile_kernels, prove_alive, prove_isolated
 from ssm_train.lock import check_free, own
 from ssm_train.metrics import check_trackers
 from ssm_train.optim import lr_at
@@ -56,7 +57,6 @@ from ssm_train.peft.coverage import measure_coverage
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import PeftSpec, load_peft
 from ssm_train.plan import settle_tokens
-from ssm_train.preflight import compile_kernels, prove_alive, prove_isolated
 from ssm_train.record import (
     MARKER,
     WARMUP,

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from ssm_train.adapters.registry import adopt
 from ssm_train.errors import InputError
+from ssm_train.health.liveness import check_liveness
 from ssm_train.peft.export import export_adapter, load_adapter, read_adapter
-from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.lora import lora_layers
 from ssm_train.peft.merge import merge_adapter, write_merged
 

@@ -30,7 +30,8 @@ PARTS_OF_ADAPTERS = {"ssm_train.adapters.gla_mixer", "ssm_train.adapters.gla_tri
 COMPOSITION = tuple(
     f"ssm_train.{name}"
     for name in (
-        *("train", "fit", "preflight", "bases", "assemble", "finished", "shape", "warmup", "plan"),
+        *("train", "fit", "bases", "assemble", "finished", "shape", "warmup", "plan"),
+        "health.preflight",
         "scaling",
         "verify_resume",
         "rerun",

@@ -15,9 +15,9 @@ from ssm_train import distributed
 from ssm_train.adapters.base import Batch
 from ssm_train.data.batches import collate, pack
 from ssm_train.ending import hear_others
-from ssm_train.isolation import check_isolation
-from ssm_train.out_of_memory import BatchTooLarge, explain_out_of_memory, halve
-from ssm_train.peft.liveness import check_liveness, unchanged
+from ssm_train.health.isolation import check_isolation
+from ssm_train.health.liveness import check_liveness, unchanged
+from ssm_train.health.out_of_memory import BatchTooLarge, explain_out_of_memory, halve
 
 if TYPE_CHECKING:
     from ssm_train.fit import Ready
