@@ -35,7 +35,7 @@ from ssm_train.engines.zero_config import Numbers
 from ssm_train.loop import Training, train_step
 from ssm_train.metrics import peak_memory_gib
 from ssm_train.optim import OptimSettings, build_optimizer
-from ssm_train.record import describe_environment
+from ssm_train.record.environment import describe_environment
 from ssm_train.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]

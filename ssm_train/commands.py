@@ -121,7 +121,7 @@ def merge(arguments: argparse.Namespace) -> int:
 
 
 def plot(arguments: argparse.Namespace) -> int:
-    from ssm_train.plot import plot_metrics
+    from ssm_train.record.plot import plot_metrics
 
     out = arguments.out or arguments.run_dirs[0] / "metrics.png"
     print(plot_metrics([existing(d, marker="metrics.jsonl") for d in arguments.run_dirs], out))
@@ -129,7 +129,7 @@ def plot(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    from ssm_train.report import find_runs, report_runs
+    from ssm_train.record.report import find_runs, report_runs
 
     out = arguments.out or arguments.directories[0] / "report"
     print(report_runs(find_runs(arguments.directories), out))

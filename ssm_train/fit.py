@@ -34,14 +34,14 @@ from ssm_train.optim import build_optimizer, describe_rates, same_rate
 from ssm_train.peft.coverage import count_parameters
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.plan import memory_of_gpu
-from ssm_train.plot import plot_selection
 from ssm_train.record import WARMUP
+from ssm_train.record.plot import plot_selection
+from ssm_train.record.runlog import RunLog
+from ssm_train.record.summary import Result, export_weights, print_summary, write_result
 from ssm_train.resume import RunCheckpoints
-from ssm_train.runlog import RunLog
 from ssm_train.scaling import warn_of_parts
 from ssm_train.schedule import Schedule, plan_schedule
 from ssm_train.stop_flag import StopFlag
-from ssm_train.summary import Result, export_weights, print_summary, write_result
 from ssm_train.watchdog import beat, watch
 
 

@@ -27,8 +27,8 @@ from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.errors import InputError
 from ssm_train.overrides import DIRECTORIES
 from ssm_train.peft.spec import TWO_STAGES, PeftSpec, load_peft
+from ssm_train.record.summary import Result
 from ssm_train.strict_yaml import Document
-from ssm_train.summary import Result
 from ssm_train.train import run
 
 IGNORED = -100  # label of a token that is not learnt

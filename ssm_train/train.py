@@ -63,13 +63,12 @@ from ssm_train.record import (
     check_peft,
     check_run_directory,
     create_run_directory,
-    differing_facts,
-    read_environment,
     record_peft,
 )
+from ssm_train.record.environment import differing_facts, read_environment
+from ssm_train.record.revisions import hub_commits
+from ssm_train.record.summary import Result
 from ssm_train.resume import find_resume_point
-from ssm_train.revisions import hub_commits
-from ssm_train.summary import Result
 
 
 def run(

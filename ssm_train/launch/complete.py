@@ -59,7 +59,7 @@ def report_suite(runs: Sequence[tuple[Path, Mapping[str, str], float]], out: Pat
     earlier suite left in the directory of a job that failed at once is not a result of this one.
     """
     from ssm_train.config import load_config, run_directory
-    from ssm_train.report import report_runs
+    from ssm_train.record.report import report_runs
 
     found = []
     for config, environment, since in runs:

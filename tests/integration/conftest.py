@@ -20,7 +20,7 @@ def launch(
     runs the tests; without the plot, which only takes time."""
     for variable in [*ENVIRONMENT, *DIRECTORIES]:
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("ssm_train.summary.plot_metrics", lambda run_dirs, out: out)
+    monkeypatch.setattr("ssm_train.record.summary.plot_metrics", lambda run_dirs, out: out)
 
     def run(*words: object, **variables: str) -> Command:
         with monkeypatch.context() as patch:

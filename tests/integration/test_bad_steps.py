@@ -18,8 +18,8 @@ from ssm_train.checkpoint import load_checkpoint
 from ssm_train.engines.replicated import Replicated
 from ssm_train.errors import InputError
 from ssm_train.loop import Training
+from ssm_train.record.runlog import RunLog, observed
 from ssm_train.resume import find_resume_point
-from ssm_train.runlog import RunLog, observed
 
 CALM = LORA | {"lora_dropout": 0.0}
 MLP = "base_model.model.model.layers.1.mlp"
@@ -28,7 +28,7 @@ PACKED = {"packing": True, "batch_size": None, "tokens_per_batch": 64}
 
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
-    monkeypatch.setattr("ssm_train.summary.plot_metrics", lambda run_dirs, out: out)
+    monkeypatch.setattr("ssm_train.record.summary.plot_metrics", lambda run_dirs, out: out)
 
 
 def spoil(monkeypatch, where: str, value: float, first: int, last: int) -> None:

@@ -36,7 +36,7 @@ from ssm_train.loop import train_step
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch):
     """test_commands.py looks at plots; here they only take time."""
-    monkeypatch.setattr("ssm_train.summary.plot_metrics", lambda run_dirs, out: out)
+    monkeypatch.setattr("ssm_train.record.summary.plot_metrics", lambda run_dirs, out: out)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from ssm_train.resume import find_resume_point
 
 @pytest.fixture(autouse=True)
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssm_train.summary.plot_metrics", lambda run_dirs, out: out)
+    monkeypatch.setattr("ssm_train.record.summary.plot_metrics", lambda run_dirs, out: out)
 
 
 @pytest.fixture(scope="module", params=["lora", "sd_lora"])

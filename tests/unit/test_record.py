@@ -8,14 +8,13 @@ import pytest
 from ssm_train.errors import InputError
 from ssm_train.overrides import ENVIRONMENT
 from ssm_train.record import (
-    RECORDED_VARIABLES,
     check_peft,
     check_run_directory,
     create_run_directory,
-    read_driver,
     record_peft,
     recorded_peft,
 )
+from ssm_train.record.environment import RECORDED_VARIABLES, read_driver
 
 
 def check(path, overwrite=False, resume=False):
