@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,6 +41,7 @@ from ssm_train.generate import Autocast, create_decoder
 from ssm_train.metrics import LOSSES, count_records
 from ssm_train.peft.spec import TWO_STAGES, PeftSpec
 from ssm_train.record import MARKER
+from ssm_train.terminal import say
 
 FIXED_AT_START = (
     *("model", "new_model", "revision", "tokenizer", "peft", "peft_overrides", "prec", "seed"),
@@ -219,15 +219,10 @@ def load_examples(cfg: RunConfig, tokenizer: Any, split: str) -> TokenizedDatase
             split,
             limit=min(limits, default=None),
             progress=progress,
-            say=say_line,
+            say=say,
             once=distributed.work_once,
             ask_nodes=distributed.ask_nodes,
         )
-
-
-def say_line(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def plan_order(cfg: RunConfig, train: TokenizedDataset, global_batch: int | None) -> Order:

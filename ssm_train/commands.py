@@ -14,7 +14,8 @@ from typing import Any
 
 from ssm_train.errors import InputError, whole_number
 
-DONE, FAILED, BAD_INPUT, REQUEUE, INTERRUPTED = 0, 1, 2, 75, 130
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+REQUEUE = 75  # saved itself, and wants to be started again
 EXIT_CODES = {"finished": DONE, "low_metric": DONE, "stopped": REQUEUE, "bad_loss": FAILED}
 
 SWITCHES = {

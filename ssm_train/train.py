@@ -30,7 +30,6 @@ from ssm_train.assemble import (
     load_examples,
     plan_order,
     prepare_model,
-    say_line,
 )
 from ssm_train.bases import (
     base_run,
@@ -69,6 +68,7 @@ from ssm_train.record.environment import differing_facts, read_environment
 from ssm_train.record.revisions import hub_commits
 from ssm_train.record.summary import Result
 from ssm_train.resume import find_resume_point
+from ssm_train.terminal import say
 
 
 def run(
@@ -174,13 +174,13 @@ def get_ready(
         notes.append("forward and backward are recorded as CUDA graphs")
     if distributed.is_main():  # rank 0; now, as the next lines may compile for minutes
         for note in [*settled, *prepared.notes]:
-            say_line(note)
+            say(note)
     if isinstance(method, SdLoraMethod) and ready.warms_up:
         check_warmup(cfg, method.warmup_steps, ready.schedule.total_steps)
     if method and found and "base" in found.tensors:  # a resumed run takes its checkpoint's
         method.restore_base(prepared.model, found.tensors["base"])
     model = prepared.model if whole else engine.spread(prepared.model)
-    with tell_compiling(device, say_line):
+    with tell_compiling(device, say):
         began = time.perf_counter()
         compile_kernels(ready, model)
         if (seconds := time.perf_counter() - began) > 1:
