@@ -207,10 +207,6 @@ class PeftMethod(Protocol):
         """
         ...
 
-    def stages(self) -> tuple[str, ...]:
-        """("train",), or ("warmup", "train")."""
-        ...
-
     def changed_base(self, model: nn.Module) -> dict[str, Tensor]:
         """What `inject` or `calibrate` changed or must remember of the base, for checkpoints."""
         ...

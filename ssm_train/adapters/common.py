@@ -6,7 +6,7 @@ How checkpoints, tokenizers and configurations are read is in `loading.py`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -147,7 +147,7 @@ class CausalConv1d(nn.Conv1d):
         )
 
 
-def matches(name: str, suffixes: tuple[str, ...]) -> bool:
+def matches(name: str, suffixes: Iterable[str]) -> bool:
     """Whether a dotted name ends with one of the suffixes, as whole name parts."""
     return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
 

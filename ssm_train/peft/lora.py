@@ -198,9 +198,6 @@ class LoraMethod:
         is_B = {"lora_B", "lora_embedding_B"} & set(name.split("."))
         return self.settings.loraplus_lr_ratio or 1.0 if is_B else 1.0
 
-    def stages(self) -> tuple[str, ...]:
-        return ("train",)
-
     def changed_base(self, model: nn.Module) -> dict[str, Tensor]:
         """The base weights that gave a part away, and the factors that took it, as they began."""
         if not self.initial:
