@@ -16,10 +16,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssm_train.adapters import common, loading
 from ssm_train.adapters.base import (
-    Batch,
     Kept,
     KernelChoice,
-    LossSum,
     ModelSpec,
     Prepared,
     Traits,
@@ -140,6 +138,8 @@ class GlaAdapter:
 
     name = "gla"
     traits = TRAITS
+    token_losses = staticmethod(common.token_losses)
+    token_logits = staticmethod(common.token_logits)
 
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`. What runs follows the tensors (`uses_triton`)."""
@@ -183,12 +183,6 @@ class GlaAdapter:
             mixer=size * (hidden + copies * rows + 3 * values) + fp32,  # gate, o, what o_proj reads
             mlp=size * (hidden + 3 * inner),
         )
-
-    def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
-        return common.token_losses(model, batch)
-
-    def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return common.token_logits(model, batch)
 
 
 GLA = GlaAdapter()

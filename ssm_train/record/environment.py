@@ -10,10 +10,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ssm_train.doctor import version_of
 from ssm_train.errors import InputError
 from ssm_train.overrides import ENVIRONMENT
 from ssm_train.secrets import redact, redact_command
@@ -45,12 +45,6 @@ def describe_environment() -> dict[str, Any]:
     """Versions, hardware, source revision and command of this process."""
     import torch
 
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
@@ -61,7 +55,7 @@ def describe_environment() -> dict[str, Any]:
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "driver": read_driver(Path("/proc/driver/nvidia/version")),
-        "packages": {package: version(package) for package in PACKAGES},
+        "packages": {package: version_of(package) for package in PACKAGES},
         "git": describe_source(),
         "command": redact_command(sys.argv),
         "environment": {

@@ -284,7 +284,7 @@ def test_a_first_batch_that_is_too_large_is_said_before_anything_is_written(
     def token_losses(self, model, batch):
         if len(batch.input_ids) > 1:
             raise torch.OutOfMemoryError("no memory")
-        return of(self, model, batch)
+        return of(model, batch)
 
     monkeypatch.setattr(MambaAdapter, "token_losses", token_losses)
     config = write_config(tmp_path, "large", "mamba", skip_eval=True, max_steps=2, oom=oom)
@@ -302,7 +302,7 @@ def test_out_of_memory_in_an_evaluation_says_what_to_change(tmp_path, monkeypatc
     def token_losses(self, model, batch):
         if len(batch.input_ids) > 4:
             raise torch.OutOfMemoryError("no memory")
-        return of(self, model, batch)
+        return of(model, batch)
 
     monkeypatch.setattr(MambaAdapter, "token_losses", token_losses)
     with pytest.raises(InputError, match="evaluation with 8 examples a batch: lower eval_batch"):
