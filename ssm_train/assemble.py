@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -74,7 +73,7 @@ def keep_new_base(cfg: RunConfig, run_dir: Path) -> Path:
 
 def debug_config(cfg: RunConfig) -> RunConfig:
     """One epoch of the few examples, which a batch must not outnumber."""
-    share = max(1, DEBUG_EXAMPLES["train"] // int(os.environ.get("WORLD_SIZE", "1")))
+    share = max(1, DEBUG_EXAMPLES["train"] // distributed.launched_processes())
     few = {"batch_size": min(cfg.batch_size, share), "gradient_accumulation_steps": 1}
     return cfg.model_copy(update={"num_epochs": 1.0, "max_steps": None, **few})
 

@@ -279,7 +279,7 @@ def train_base(cfg: RunConfig) -> Result | None:
         base_cfg = base_cfg.model_copy(update={"device": cfg.device})
     if base_cfg.debug:  # as its record says
         base_cfg = debug_config(base_cfg)
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # so that all ranks wait for rank 0
+    if distributed.launched_processes() > 1:  # so that all ranks wait for rank 0
         distributed.build_accelerator(cfg.prec, cfg.device)
     if find_base(run_dir, base_cfg, cfg.model) == "done":
         return None
