@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import yaml
+from collectives import CollectiveCount
 from throughput import MODELS, SPECIAL, build_model, make_steps
 
 from ssm_train import distributed, scaling
@@ -39,9 +40,6 @@ from ssm_train.record.environment import describe_environment
 from ssm_train.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests" / "parallel"))
-from collectives import CollectiveCount  # noqa: E402  the tests count with it too
-
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 TRAINS = ("lora", "full")
 
