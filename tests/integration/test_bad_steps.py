@@ -25,10 +25,7 @@ CALM = LORA | {"lora_dropout": 0.0}
 MLP = "base_model.model.model.layers.1.mlp"
 PACKED = {"packing": True, "batch_size": None, "tokens_per_batch": 64}
 
-
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch):
-    monkeypatch.setattr("ssm_train.record.summary.plot_metrics", lambda run_dirs, out: out)
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 
 def spoil(monkeypatch, where: str, value: float, first: int, last: int) -> None:

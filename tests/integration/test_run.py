@@ -32,11 +32,7 @@ from ssm_train.finished import evaluate_run, load_run
 from ssm_train.lock import own
 from ssm_train.loop import train_step
 
-
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch):
-    """test_commands.py looks at plots; here they only take time."""
-    monkeypatch.setattr("ssm_train.record.summary.plot_metrics", lambda run_dirs, out: out)
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 
 @pytest.fixture(scope="module")
