@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -48,7 +47,7 @@ from ssm_train.engines import build_engine
 from ssm_train.engines.zero_config import Numbers
 from ssm_train.errors import InputError
 from ssm_train.fit import Ready, fit, tell_compiling, warm_up
-from ssm_train.health.preflight import compile_kernels, prove_alive, prove_isolated
+from ssm_train.health.preflight import compile_kernels, prove
 from ssm_train.lock import check_free, own
 from ssm_train.metrics import check_trackers
 from ssm_train.optim import lr_at
@@ -181,19 +180,10 @@ def get_ready(
         method.restore_base(prepared.model, found.tensors["base"])
     model = prepared.model if whole else engine.spread(prepared.model)
     with tell_compiling(device, say):
-        began = time.perf_counter()
         compile_kernels(ready, model)
-        if (seconds := time.perf_counter() - began) > 1:
-            ready.notes.append(f"kernels compiled in {seconds:.1f} s")
         if method and not found:
             method.calibrate(prepared, ready.examples(), ready.token_losses)
-        began = time.perf_counter()
-        prove_alive(ready, model)
-        proven = "every trained tensor is alive"
-        if ready.proves_isolation:
-            prove_isolated(ready, model)
-            proven += " and packed documents are apart"
-        ready.notes.append(f"{proven}, checked in {time.perf_counter() - began:.1f} s")
+        prove(ready, model)
     autocast = partial(distributed.autocast, cfg.prec, device)
     ready.evaluations = {
         split: build_evaluation(cfg, subject.adapter, data[split], subject.prepared, autocast)

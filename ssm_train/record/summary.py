@@ -4,10 +4,10 @@ the same numbers as `result.json`."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from ssm_train.adapters.base import PeftMethod, Prepared
 from ssm_train.adapters.loading import save_model
@@ -104,8 +104,8 @@ def write_result(result: Result) -> None:
     write_atomically(result.run_dir / RESULT, json.dumps(finite, indent=2) + "\n")
 
 
-def print_summary(result: Result, say: Any) -> None:
-    """Rank 0. The run in about fifteen lines, by `say(line)`; draws `metrics.png`."""
+def print_summary(result: Result, say: Callable[[str], None]) -> None:
+    """Rank 0. The run in about fifteen lines; draws `metrics.png`."""
     run_dir, name = result.run_dir, result.main_metric
     stage_dir = run_dir / WARMUP if result.stage == WARMUP else run_dir
     last = stage_dir / "checkpoints" / "last"
