@@ -93,6 +93,7 @@ def as_number(loss: float | None) -> float:
 
 
 def first_difference(expected: list[Loss], found: list[Loss], tolerance: float) -> str | None:
+    """In words; None where every expected loss was found, as close as `tolerance` says."""
     for i, (where, step, loss) in enumerate(expected):
         name = f"step {step}" + (" of the warm-up" if where else "")
         if i >= len(found) or found[i][:2] != (where, step):

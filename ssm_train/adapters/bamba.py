@@ -112,6 +112,8 @@ def adopt(model: Any) -> None:
 
 
 class BambaAdapter:
+    """transformers' Bamba checkpoints and new Bamba models."""
+
     name = "bamba"
     traits = TRAITS
     token_losses = staticmethod(common.token_losses)

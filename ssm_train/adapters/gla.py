@@ -122,6 +122,7 @@ def adopt(model: Any, kernels: KernelChoice | None = None) -> GLAForCausalLM:
 
 
 def refuse_what_is_not_covered(config: Mapping[str, Any]) -> None:
+    """Raises InputError for a configuration with layers that our forwards do not know."""
     for name, meaning in (
         ("attn", "softmax attention in some layers"),
         ("attnres_block_size", "attention over residuals"),
