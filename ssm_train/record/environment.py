@@ -15,7 +15,7 @@ from typing import Any
 
 from ssm_train.doctor import version_of
 from ssm_train.errors import InputError
-from ssm_train.overrides import ENVIRONMENT
+from ssm_train.overrides import DIRECTORIES, ENVIRONMENT
 from ssm_train.secrets import redact, redact_command
 
 FACTS_FILE = "environment.json"
@@ -33,11 +33,8 @@ FACTS = [
 # Nothing else of the environment is ever written down.
 RECORDED_VARIABLES = [
     "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU",
-    "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
-    "GRADIENT_CHECKPOINTING", "HF_HUB_OFFLINE", "LOCAL_RANK", "LOGITS_TO_KEEP",
-    "LR_SCHEDULER_TYPE", "LR_WARMUP_RATIO", "LR_WARMUP_STEPS", "NUM_DATA_WORKERS",
-    "OMP_NUM_THREADS", "RANK", "SLURM_JOB_ID", "SLURM_NNODES", "SSM_TRAIN_CACHE", "SSM_TRAIN_DATA",
-    "SSM_TRAIN_OUTPUT", "WORLD_SIZE",
+    "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE",
+    "LOCAL_RANK", "OMP_NUM_THREADS", "RANK", "SLURM_JOB_ID", "SLURM_NNODES", "WORLD_SIZE",
 ]  # fmt: skip
 
 
@@ -60,7 +57,7 @@ def describe_environment() -> dict[str, Any]:
         "command": redact_command(sys.argv),
         "environment": {
             name: redact(os.environ[name])
-            for name in sorted({*RECORDED_VARIABLES, *ENVIRONMENT} & set(os.environ))
+            for name in sorted({*RECORDED_VARIABLES, *ENVIRONMENT, *DIRECTORIES} & set(os.environ))
         },
     }
 
