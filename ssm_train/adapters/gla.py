@@ -113,8 +113,8 @@ def adopt(model: Any, kernels: KernelChoice | None = None) -> GLAForCausalLM:
     common.retype(model, OURS)
     for module in model.modules():
         if isinstance(module, GatedLinearAttention):
-            gate = module.gk_proj[1]
-            common.retype(getattr(gate, "base_layer", gate), {nn.Linear: common.Fp32BiasLinear})
+            gate = common.under_adapters(module.gk_proj[1])
+            common.retype(gate, {nn.Linear: common.Fp32BiasLinear})
             common.add_sites(module, module.sites)
         if kernels is not None and type(module) in OURS.values() and hasattr(module, "kernels"):
             module.kernels = kernels

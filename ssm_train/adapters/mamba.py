@@ -239,8 +239,8 @@ def adopt(model: nn.Module) -> None:
             common.retype(module, {nn.Conv1d: common.CausalConv1d})
             common.add_sites(module, module.sites)
         if isinstance(module, MambaMixer):
-            layer = getattr(module.dt_proj, "base_layer", module.dt_proj)  # under a PEFT layer
-            common.retype(layer, {nn.Linear: common.Fp32BiasLinear})
+            steps = common.under_adapters(module.dt_proj)
+            common.retype(steps, {nn.Linear: common.Fp32BiasLinear})
         if isinstance(module, Mamba2Mixer):
             module.norm.group_size = module.intermediate_size // module.n_groups
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ssm_train.adapters.common import matches
+from ssm_train.adapters.common import matches, under_adapters
 from ssm_train.errors import InputError
 from ssm_train.peft.dimensions import Counts
 from ssm_train.peft.layers import OwnLayer
@@ -50,9 +50,8 @@ class GlaSdLoraModel(SdLoraModel):
                 "choose from; use SD_LORA"
             )
         chosen: dict[str, type[OwnLayer]] = dict.fromkeys(found, ProjectionLayer)
-        gate = model.get_submodule(found[0])
-        gate = getattr(gate, "base_layer", gate)
-        zeroed = settings.divide_channels(len(gate.weight), "key channels").zero  # type: ignore[arg-type]
+        gate = under_adapters(model.get_submodule(found[0]))
+        zeroed = settings.divide_channels(len(gate.weight), "key channels").zero
         if settings.stage == "train" and zeroed:
             sites = [place for place in places if matches(place, ["forgotten"])]
             chosen |= dict.fromkeys(sites, ForgetLayer)
