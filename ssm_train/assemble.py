@@ -33,13 +33,12 @@ from ssm_train.data.sources import (
 from ssm_train.data.tasks.task import Task
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.data.vocabulary import build_tokenizer
-from ssm_train.durable import replace_directory
 from ssm_train.errors import InputError, near
 from ssm_train.evaluate import Evaluation
 from ssm_train.generate import Autocast, create_decoder
 from ssm_train.metrics import LOSSES, count_records
 from ssm_train.peft.spec import TWO_STAGES, PeftSpec
-from ssm_train.record import MARKER
+from ssm_train.record import MARKER, replace_directory
 from ssm_train.terminal import say
 
 FIXED_AT_START = (

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +65,6 @@ def write_atomically(path: Path, text: str) -> None:
     write_point(f"{path.name} renamed")
     sync(path.parent)
     write_point(f"{path.name} rename synced")
-
-
-@contextmanager
-def replace_directory(path: Path) -> Iterator[Path]:
-    """Rank 0. A directory to write in, which becomes `path` when all is written: no reader, and
-    no later run, finds half of it. Where writing fails, nothing stays."""
-    partial, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,22 @@ def check_peft(run_dir: Path, settings: Mapping[str, Any]) -> None:
         f"--resume: {key} of the PEFT config was {old} when the run began and is {new} now; "
         "put it back, or start a new run for it"
     )
+
+
+@contextmanager
+def replace_directory(path: Path) -> Iterator[Path]:
+    """Rank 0. A directory to write in, which becomes `path` when all is written: no reader, and
+    no later run, finds half of it. Where writing fails, nothing stays."""
+    partial, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
