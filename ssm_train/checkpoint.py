@@ -238,13 +238,15 @@ def read_checkpoint(path: Path, rank: int) -> Checkpoint:
             if name.endswith(".safetensors")
         },
         state=json.loads((path / STATE).read_text(encoding="utf-8")),
-        rng=(
-            json.loads((path / rng_name(rank)).read_text(encoding="utf-8"))
-            if rng_name(rank) in names
-            else None
-        ),
+        rng=read_rng(path, rank) if rng_name(rank) in names else None,
         world_size=manifest["world_size"],
     )
+
+
+def read_rng(path: Path, rank: int) -> dict[str, Any]:
+    """Random states of one of the ranks that saved it, by library."""
+    states: dict[str, Any] = json.loads((path / rng_name(rank)).read_text(encoding="utf-8"))
+    return states
 
 
 def digest(path: Path) -> str:

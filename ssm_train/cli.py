@@ -223,7 +223,8 @@ def build_parser() -> argparse.ArgumentParser:
         commands.verify_resume,
         "Prove that stopping changes nothing. Trains some steps of a run in one go, and again\n"
         "killed twice and resumed, in a temporary directory, and compares bit for bit; exits 1\n"
-        "where anything differs, and says what comes first.",
+        "where anything differs, and says what comes first. Under several processes: started by\n"
+        "their launcher, with -m ssm_train verify-resume.",
         "ssm-train verify-resume --cfg cfg/quickstart/gla_lora.yaml --steps 12",
     )
     verify_.add_argument(

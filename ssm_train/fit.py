@@ -36,7 +36,7 @@ from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.plan import memory_of_gpu
 from ssm_train.record import WARMUP
 from ssm_train.record.plot import plot_selection
-from ssm_train.record.runlog import RunLog
+from ssm_train.record.runlog import RunLog, show_batches
 from ssm_train.record.summary import Result, export_weights, print_summary, write_result
 from ssm_train.resume import RunCheckpoints
 from ssm_train.scaling import warn_of_parts
@@ -99,7 +99,9 @@ class Ready:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's part of optimizer step `step`."""
-        return make_batches(self.data["train"], self.order, self.cfg, step)
+        batches = make_batches(self.data["train"], self.order, self.cfg, step)
+        show_batches(batches)
+        return batches
 
     def examples(self) -> Iterator[Batch]:
         """The training examples in the order of training, one a batch; on every rank the same."""
