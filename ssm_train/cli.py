@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from ssm_train import commands
 from ssm_train.commands import BAD_INPUT, INTERRUPTED
-from ssm_train.errors import InputError, unusable_path
+from ssm_train.errors import InputError, unusable
 from ssm_train.secrets import redact
 from ssm_train.terminal import printable
 
@@ -25,15 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Only our own errors keep a traceback."""
     try:
         return run(argv)
-    except OSError as error:
-        if (refusal := unusable_path(error)) is None:
-            raise
-        return refuse(refusal)
     except InputError as error:
         return refuse(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (refusal := unusable(error)) is None:
+            raise
+        return refuse(refusal)
 
 
 def run(argv: Sequence[str] | None) -> int:

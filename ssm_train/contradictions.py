@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssm_train.errors import near
-from ssm_train.metrics import TRACKERS
+from ssm_train.trackers import TRACKERS
 
 if TYPE_CHECKING:
     from ssm_train.config import RunConfig

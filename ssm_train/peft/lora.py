@@ -198,6 +198,10 @@ class LoraMethod:
         is_B = {"lora_B", "lora_embedding_B"} & set(name.split("."))
         return self.settings.loraplus_lr_ratio or 1.0 if is_B else 1.0
 
+    @property
+    def changes_base(self) -> bool:
+        return self.settings.changes_base
+
     def changed_base(self, model: nn.Module) -> dict[str, Tensor]:
         """The base weights that gave a part away, and the factors that took it, as they began."""
         if not self.initial:

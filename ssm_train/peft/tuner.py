@@ -171,6 +171,10 @@ class OwnMethod:
     ) -> None:
         """Nothing: the start depends on no data."""
 
+    @property
+    def changes_base(self) -> bool:
+        return False
+
     def changed_base(self, model: nn.Module) -> dict[str, Tensor]:
         """Nothing: the base stays as it is."""
         return {}

@@ -11,7 +11,8 @@ from typing import Any
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch
 from ssm_train.evaluate import Row, write_predictions
-from ssm_train.metrics import MetricsLog, Progress, TokenRate, Trackers, peak_memory_gib
+from ssm_train.metrics import MetricsLog, Progress, TokenRate, peak_memory_gib
+from ssm_train.trackers import Trackers
 
 Observer = Callable[[Path, Mapping[str, Any]], None]
 """(directory of the stage, training row)."""
@@ -69,7 +70,7 @@ class RunLog:
             for row in self.file.kept:
                 if row["step"] == 0:
                     self.before = read_values(row)
-            self.trackers = Trackers(trackers, run_dir, name, config, bar.say)
+            self.trackers = Trackers(trackers, run_dir, name, config, bar.say, step)
 
     def trained(self, row: dict[str, float]) -> None:
         """A row of the loop."""
