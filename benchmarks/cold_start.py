@@ -26,7 +26,7 @@ from throughput import MODELS, SPECIAL
 from ssm_train.adapters import registry
 from ssm_train.adapters.base import ModelSpec
 from ssm_train.data.vocabulary import build_tokenizer
-from ssm_train.record import describe_environment
+from ssm_train.record.environment import describe_environment
 
 FIRST_STEP = "step 1/"
 TEXTS = ["the ship is a boat , and the boat sails on .", "a cat sat on the mat"]

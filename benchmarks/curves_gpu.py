@@ -29,7 +29,7 @@ from ssm_train.data.batches import collate, pack
 from ssm_train.engines.replicated import Replicated
 from ssm_train.loop import Training, train_step
 from ssm_train.optim import OptimSettings, build_optimizer
-from ssm_train.record import describe_environment
+from ssm_train.record.environment import describe_environment
 from ssm_train.schedule import Schedule
 
 BATCH, BATCHES = 16, 10

@@ -27,7 +27,7 @@ from throughput import MODELS, SPECIAL, build_model
 from ssm_train import distributed
 from ssm_train.generate import Decoder, language_model, read_options
 from ssm_train.metrics import peak_memory_gib
-from ssm_train.record import describe_environment
+from ssm_train.record.environment import describe_environment
 
 RANK = 16
 ARMS = ("graphs", "eager", "stock")

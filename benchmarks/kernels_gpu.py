@@ -26,7 +26,7 @@ from torch import Tensor
 from ssm_train.durable import write_atomically
 from ssm_train.kernels.causal_conv1d.triton import causal_conv1d
 from ssm_train.kernels.selective_scan.triton import selective_scan
-from ssm_train.record import describe_environment
+from ssm_train.record.environment import describe_environment
 
 STATES = 16
 SHAPES = [(1, 2048, 1536), (1, 2048, 4096), (8, 2048, 4096), (1, 16384, 1536), (1, 16384, 4096)]

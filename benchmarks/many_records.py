@@ -117,7 +117,7 @@ def main() -> None:
             found.append({"start": case, **start(directory, "run", "many", processes)})
             print("  ".join(f"{k} {v:,.5g}" if k != "start" else v for k, v in found[-1].items()))
     if arguments.out:
-        from ssm_train.record import describe_environment
+        from ssm_train.record.environment import describe_environment
 
         text = json.dumps(
             {"records": arguments.records, "rows": found, "machine": describe_environment()},

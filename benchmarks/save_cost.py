@@ -25,7 +25,7 @@ from ssm_train.checkpoint import CheckpointSettings
 from ssm_train.durable import write_atomically
 from ssm_train.engines.replicated import Replicated
 from ssm_train.loop import TrainState
-from ssm_train.record import describe_environment
+from ssm_train.record.environment import describe_environment
 from ssm_train.resume import RunCheckpoints
 
 WIDTH = 1024

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import yaml
+from collectives import CollectiveCount
 from throughput import MODELS, SPECIAL, build_model, make_steps
 
 from ssm_train import distributed, scaling
@@ -35,13 +36,10 @@ from ssm_train.engines.zero_config import Numbers
 from ssm_train.loop import Training, train_step
 from ssm_train.metrics import peak_memory_gib
 from ssm_train.optim import OptimSettings, build_optimizer
-from ssm_train.record import describe_environment
+from ssm_train.record.environment import describe_environment
 from ssm_train.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests" / "parallel"))
-from collectives import CollectiveCount  # noqa: E402  the tests count with it too
-
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 TRAINS = ("lora", "full")
 

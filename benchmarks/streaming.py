@@ -121,7 +121,7 @@ def main() -> None:
                     "  ".join(f"{k} {v:,.5g}" if k != "phase" else v for k, v in rows[-1].items())
                 )
     if arguments.json:
-        from ssm_train.record import describe_environment
+        from ssm_train.record.environment import describe_environment
 
         text = json.dumps({"rows": rows, "machine": describe_environment()}, indent=2)
         arguments.json.write_text(text + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ from ssm_train.loop import Training, train_step
 from ssm_train.metrics import peak_memory_gib
 from ssm_train.optim import OptimSettings, build_optimizer
 from ssm_train.peft.spec import load_peft
-from ssm_train.record import describe_environment
+from ssm_train.record.environment import describe_environment
 from ssm_train.schedule import Schedule
 
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -73,12 +73,12 @@ def build_model(
     place: str | None = None,
 ) -> tuple[ModelAdapter, Prepared]:
     """Random weights, made where they stay or in `place`: in bf16 with LoRA on `targets` (None: all
-    projections), or, with rank 0, in fp32 and all trained."""
+    projections), or, with rank 0, in fp32 and all trained. `recompute`: "mixer", "mlp" or "all"."""
     spec = ModelSpec(
         new_model=config,
         dtype=torch.bfloat16 if rank else torch.float32,
         device=str(device),
-        gradient_checkpointing=recompute,
+        gradient_checkpointing=True if recompute == "all" else recompute,
         place=place or str(device),
     )
     adapter, _ = registry.resolve(spec)
@@ -170,8 +170,9 @@ def main() -> None:
     engine = Replicated(distributed.build_accelerator("bf16", "auto"))
     distributed.seed_everything(0)
     config = MODELS[arguments.model] | SPECIAL
-    recompute = True if arguments.recompute == "all" else arguments.recompute or False
-    adapter, prepared = build_model(config, engine.device, rank=arguments.rank, recompute=recompute)
+    adapter, prepared = build_model(
+        config, engine.device, rank=arguments.rank, recompute=arguments.recompute or False
+    )
     settings = OptimSettings(learning_rate=1e-4)
     no_decay = prepared.traits.no_decay
     engine.prepare(prepared.model, lambda model: build_optimizer(model, settings, no_decay))

@@ -36,7 +36,7 @@ from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.engines.replicated import Replicated
 from ssm_train.loop import Training, train_step
 from ssm_train.optim import OptimSettings, build_optimizer
-from ssm_train.record import describe_environment
+from ssm_train.record.environment import describe_environment
 from ssm_train.schedule import Schedule
 
 RANK = 16

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +39,7 @@ from ssm_train.generate import Autocast, create_decoder
 from ssm_train.metrics import LOSSES, count_records
 from ssm_train.peft.spec import TWO_STAGES, PeftSpec
 from ssm_train.record import MARKER, replace_directory
+from ssm_train.terminal import say
 
 FIXED_AT_START = (
     *("model", "new_model", "revision", "tokenizer", "peft", "peft_overrides", "prec", "seed"),
@@ -73,7 +72,7 @@ def keep_new_base(cfg: RunConfig, run_dir: Path) -> Path:
 
 def debug_config(cfg: RunConfig) -> RunConfig:
     """One epoch of the few examples, which a batch must not outnumber."""
-    share = max(1, DEBUG_EXAMPLES["train"] // int(os.environ.get("WORLD_SIZE", "1")))
+    share = max(1, DEBUG_EXAMPLES["train"] // distributed.launched_processes())
     few = {"batch_size": min(cfg.batch_size, share), "gradient_accumulation_steps": 1}
     return cfg.model_copy(update={"num_epochs": 1.0, "max_steps": None, **few})
 
@@ -218,15 +217,10 @@ def load_examples(cfg: RunConfig, tokenizer: Any, split: str) -> TokenizedDatase
             split,
             limit=min(limits, default=None),
             progress=progress,
-            say=say_line,
+            say=say,
             once=distributed.work_once,
             ask_nodes=distributed.ask_nodes,
         )
-
-
-def say_line(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def plan_order(cfg: RunConfig, train: TokenizedDataset, global_batch: int | None) -> Order:

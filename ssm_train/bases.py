@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from ssm_train.lock import InUse, own
 from ssm_train.overrides import DIRECTORIES
 from ssm_train.record import MARKER
 from ssm_train.strict_yaml import read_document
+from ssm_train.terminal import say
 
 RECORD = "base.json"  # of a run directory: the base's directory and the hashes of its weights
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -93,8 +93,7 @@ def own_when_free(run_dir: Path) -> Iterator[None]:
             if refusal is None:
                 break
             if distributed.is_main() and not said:
-                sys.stdout.write(f"waiting for the base {run_dir}: {refusal}\n")
-                sys.stdout.flush()
+                say(f"waiting for the base {run_dir}: {refusal}")
             said = True
             time.sleep(1)
         yield

@@ -12,8 +12,9 @@ from typing import NoReturn
 
 from ssm_train import commands
 from ssm_train.commands import BAD_INPUT, INTERRUPTED
-from ssm_train.errors import InputError, printable, unusable
+from ssm_train.errors import InputError, unusable
 from ssm_train.secrets import redact
+from ssm_train.terminal import printable
 
 EPILOG = """exit codes:
   0 done   1 failed   2 bad input   75 saved and wants to be started again   130 interrupted

@@ -14,7 +14,8 @@ from typing import Any
 
 from ssm_train.errors import InputError, whole_number
 
-DONE, FAILED, BAD_INPUT, REQUEUE, INTERRUPTED = 0, 1, 2, 75, 130
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+REQUEUE = 75  # saved itself, and wants to be started again
 EXIT_CODES = {"finished": DONE, "low_metric": DONE, "stopped": REQUEUE, "bad_loss": FAILED}
 
 SWITCHES = {
@@ -121,7 +122,7 @@ def merge(arguments: argparse.Namespace) -> int:
 
 
 def plot(arguments: argparse.Namespace) -> int:
-    from ssm_train.plot import plot_metrics
+    from ssm_train.record.plot import plot_metrics
 
     out = arguments.out or arguments.run_dirs[0] / "metrics.png"
     print(plot_metrics([existing(d, marker="metrics.jsonl") for d in arguments.run_dirs], out))
@@ -129,7 +130,7 @@ def plot(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    from ssm_train.report import find_runs, report_runs
+    from ssm_train.record.report import find_runs, report_runs
 
     out = arguments.out or arguments.directories[0] / "report"
     print(report_runs(find_runs(arguments.directories), out))

@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-# distribution -> (what it is for, how to install it); the first ones are required.
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
+# Distribution -> what it is for, how to install it.
 OPTIONAL = {
     "triton": ("kernels on NVIDIA GPUs; imported by GLA", "pip install triton"),
     "flash-linear-attention": ("the GLA family", "pip install 'flash-linear-attention>=0.6,<0.7'"),
-    "deepspeed": ("planned: ZeRO; runs refuse it so far", "pip install -e '.[deepspeed]'"),
+    "deepspeed": ("ZeRO-1, 2 and 3", "pip install -e '.[deepspeed]'"),
     "mamba-ssm": ("fast scans of Mamba-2 on a GPU", "pip install -e '.[mamba]'"),
     "causal-conv1d": ("needed by mamba-ssm for its own models", "pip install -e '.[mamba]'"),
-    "liger-kernel": ("fused losses on NVIDIA GPUs", "pip install -e '.[cuda]'"),
-    "lm-eval": ("standard benchmarks", "pip install -e '.[eval]'"),
+    "liger-kernel": ("planned: fused losses on NVIDIA GPUs", "pip install -e '.[cuda]'"),
+    "lm-eval": ("planned: standard benchmarks", "pip install -e '.[eval]'"),
     "tensorboard": ("trackers: [tensorboard]", "pip install tensorboard"),
     "wandb": ("trackers: [wandb]", "pip install wandb"),
     "trackio": ("trackers: [trackio]", "pip install trackio"),

@@ -47,17 +47,6 @@ def system_error(error: Exception) -> OSError | None:
     return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
 
 
-LONGEST_LINE = 2_000  # a name in a data file may have a megabyte
-
-
-def printable(line: str) -> str:
-    """A line of a message for the terminal: what a user's file brings into it can neither fill the
-    screen nor steer it."""
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    half = LONGEST_LINE // 2
-    return safe if len(safe) <= LONGEST_LINE else f"{safe[:half]} ... {safe[-half:]}"
-
-
 def near(name: str, known: Iterable[object]) -> str:
     """`; did you mean 'x'?` for the known names closest to `name`, or nothing."""
     from difflib import get_close_matches

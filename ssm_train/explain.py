@@ -64,10 +64,11 @@ def _explain_one(
     if kind == "missing":
         meaning = " ".join(str(field.description).split())
         return f"{where}: {key} is missing; it is required: {meaning}"
-    return f"{where}: {key} is {_short(value)}; expected {expected(field)}"
+    return f"{where}: {key} is {show(value)}; expected {expected(field)}"
 
 
-def _short(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value in a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

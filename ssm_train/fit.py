@@ -26,22 +26,22 @@ from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.engines import Engine
 from ssm_train.errors import InputError
 from ssm_train.evaluate import Evaluation
+from ssm_train.health.out_of_memory import explain_out_of_memory_in_evaluation
+from ssm_train.health.preflight import prove_alive
 from ssm_train.loop import Outcome, Training, TrainState, explain_bad_steps, train
 from ssm_train.metrics import LOSSES, Progress
 from ssm_train.optim import build_optimizer, describe_rates, same_rate
-from ssm_train.out_of_memory import explain_out_of_memory_in_evaluation
 from ssm_train.peft.coverage import count_parameters
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.plan import memory_of_gpu
-from ssm_train.plot import plot_selection
-from ssm_train.preflight import prove_alive
 from ssm_train.record import WARMUP
+from ssm_train.record.plot import plot_selection
+from ssm_train.record.runlog import RunLog, show_batches
+from ssm_train.record.summary import Result, export_weights, print_summary, write_result
 from ssm_train.resume import RunCheckpoints
-from ssm_train.runlog import RunLog, show_batches
 from ssm_train.scaling import warn_of_parts
 from ssm_train.schedule import Schedule, plan_schedule
 from ssm_train.stop_flag import StopFlag
-from ssm_train.summary import Result, export_weights, print_summary, write_result
 from ssm_train.watchdog import beat, watch
 
 

@@ -208,12 +208,11 @@ def generate_text(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    batch_size: int = 16,
     autocast: Autocast = nullcontext,
     **options: Any,
 ) -> list[str]:
     """Answers to `prompts`; `options` as in `create_decoder`. No special tokens are added."""
-    decoder = create_decoder(tokenizer, batch_size=batch_size, autocast=autocast, **options)
+    decoder = create_decoder(tokenizer, autocast=autocast, **options)
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in decoder(model, ids)]
 

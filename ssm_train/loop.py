@@ -18,11 +18,11 @@ from ssm_train import distributed
 from ssm_train.adapters.base import Batch, TokenLosses
 from ssm_train.engines.base import Engine
 from ssm_train.graphs import GradientGraphs, Gradients
-from ssm_train.not_finite import find_not_finite
+from ssm_train.health.not_finite import find_not_finite
+from ssm_train.health.out_of_memory import BatchTooLarge, cut, explain_out_of_memory, halve
+from ssm_train.health.spikes import describe, is_spike, remember
 from ssm_train.optim import OptimSettings, lr_at
-from ssm_train.out_of_memory import BatchTooLarge, cut, explain_out_of_memory, halve
 from ssm_train.schedule import Schedule
-from ssm_train.spikes import describe, is_spike, remember
 from ssm_train.stop_flag import StopFlag
 from ssm_train.watchdog import beat
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
+IGNORED = -100  # target of a position that does not count
 LOGITS_AT_ONCE = 2**26  # 256 MiB in fp32
 
 

@@ -25,13 +25,13 @@ from ssm_train.data.sources import SPLITS, load_task_data
 from ssm_train.data.tasks.text import ClassificationTask
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.errors import InputError
+from ssm_train.loss import IGNORED
 from ssm_train.overrides import DIRECTORIES
 from ssm_train.peft.spec import TWO_STAGES, PeftSpec, load_peft
+from ssm_train.record.summary import Result
 from ssm_train.strict_yaml import Document
-from ssm_train.summary import Result
 from ssm_train.train import run
 
-IGNORED = -100  # label of a token that is not learnt
 OF_OLD_CODE = ("cfg_path", "is_sdlora", "output_dir")  # what it kept in a run's cfg
 
 

@@ -15,8 +15,9 @@ from ssm_train.bases import check_base
 from ssm_train.config import PeftOverrides, RunConfig, load_config
 from ssm_train.errors import InputError
 from ssm_train.metrics import read_metrics
-from ssm_train.record import MARKER, WARMUP, differing_facts, read_environment, recorded_peft
-from ssm_train.runlog import observed
+from ssm_train.record import MARKER, WARMUP, recorded_peft
+from ssm_train.record.environment import differing_facts, read_environment
+from ssm_train.record.runlog import observed
 from ssm_train.train import run
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
@@ -92,6 +93,7 @@ def as_number(loss: float | None) -> float:
 
 
 def first_difference(expected: list[Loss], found: list[Loss], tolerance: float) -> str | None:
+    """In words; None where every expected loss was found, as close as `tolerance` says."""
     for i, (where, step, loss) in enumerate(expected):
         name = f"step {step}" + (" of the warm-up" if where else "")
         if i >= len(found) or found[i][:2] != (where, step):

@@ -93,6 +93,7 @@ def check_parameters(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.S
 
 
 def check_names(given: Collection[str], known: Collection[str]) -> None:
+    """Raises InputError for a name that is not known."""
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise InputError(
@@ -102,6 +103,7 @@ def check_names(given: Collection[str], known: Collection[str]) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    """Raises InputError for another shape."""
     if tensor.shape != shape:
         raise InputError(
             f"checkpoint: {name!r} has shape {list(tensor.shape)}, this run's is "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -30,7 +29,6 @@ from ssm_train.assemble import (
     load_examples,
     plan_order,
     prepare_model,
-    say_line,
 )
 from ssm_train.bases import (
     base_run,
@@ -50,13 +48,13 @@ from ssm_train.engines import build_engine
 from ssm_train.engines.zero_config import Numbers
 from ssm_train.errors import InputError
 from ssm_train.fit import Ready, fit, tell_compiling, warm_up
+from ssm_train.health.preflight import compile_kernels, prove
 from ssm_train.lock import check_free, own
 from ssm_train.optim import lr_at
 from ssm_train.peft.coverage import measure_coverage
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import PeftSpec, load_peft
 from ssm_train.plan import settle_tokens
-from ssm_train.preflight import compile_kernels, prove_alive, prove_isolated
 from ssm_train.record import (
     MARKER,
     WARMUP,
@@ -64,14 +62,14 @@ from ssm_train.record import (
     check_run_directory,
     check_same_data,
     create_run_directory,
-    differing_facts,
-    read_environment,
     record_peft,
     replace_directory,
 )
+from ssm_train.record.environment import differing_facts, read_environment
+from ssm_train.record.revisions import hub_commits
+from ssm_train.record.summary import Result
 from ssm_train.resume import find_resume_point
-from ssm_train.revisions import hub_commits
-from ssm_train.summary import Result
+from ssm_train.terminal import say
 from ssm_train.trackers import check_trackers
 
 
@@ -178,26 +176,17 @@ def get_ready(
         notes.append("forward and backward are recorded as CUDA graphs")
     if distributed.is_main():  # rank 0; now, as the next lines may compile for minutes
         for note in [*settled, *prepared.notes]:
-            say_line(note)
+            say(note)
     if isinstance(method, SdLoraMethod) and ready.warms_up:
         check_warmup(cfg, method.warmup_steps, ready.schedule.total_steps)
     if method and found and "base" in found.tensors:  # a resumed run takes its checkpoint's
         method.restore_base(prepared.model, found.tensors["base"])
     model = prepared.model if whole else engine.spread(prepared.model)
-    with tell_compiling(device, say_line):
-        began = time.perf_counter()
+    with tell_compiling(device, say):
         compile_kernels(ready, model)
-        if (seconds := time.perf_counter() - began) > 1:
-            ready.notes.append(f"kernels compiled in {seconds:.1f} s")
         if method and not found:
             method.calibrate(prepared, ready.examples(), ready.token_losses)
-        began = time.perf_counter()
-        prove_alive(ready, model)
-        proven = "every trained tensor is alive"
-        if ready.proves_isolation:
-            prove_isolated(ready, model)
-            proven += " and packed documents are apart"
-        ready.notes.append(f"{proven}, checked in {time.perf_counter() - began:.1f} s")
+        prove(ready, model)
     autocast = partial(distributed.autocast, cfg.prec, device)
     ready.evaluations = {
         split: build_evaluation(cfg, subject.adapter, data[split], subject.prepared, autocast)
@@ -290,7 +279,7 @@ def train_base(cfg: RunConfig) -> Result | None:
         base_cfg = base_cfg.model_copy(update={"device": cfg.device})
     if base_cfg.debug:  # as its record says
         base_cfg = debug_config(base_cfg)
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # so that all ranks wait for rank 0
+    if distributed.launched_processes() > 1:  # so that all ranks wait for rank 0
         distributed.build_accelerator(cfg.prec, cfg.device)
     if find_base(run_dir, base_cfg, cfg.model) == "done":
         return None

@@ -32,7 +32,7 @@ from ssm_train.launched import Launched
 from ssm_train.metrics import read_metrics
 from ssm_train.peft.spec import TWO_STAGES, load_peft
 from ssm_train.record import WARMUP
-from ssm_train.runlog import observed
+from ssm_train.record.runlog import observed
 from ssm_train.train import run
 
 PARTS = 3  # of the steps: a stop after the first, and after the second

@@ -18,7 +18,7 @@ import torch
 from ssm_train import distributed
 from ssm_train.adapters import registry
 from ssm_train.adapters.base import Batch, ModelAdapter, ModelSpec, Prepared
-from ssm_train.assemble import STORAGE, say_line, select_kernels
+from ssm_train.assemble import STORAGE, select_kernels
 from ssm_train.config import RunConfig
 from ssm_train.data.batches import collate, pack
 from ssm_train.data.tasks.corpus import CorpusTask
@@ -28,6 +28,7 @@ from ssm_train.errors import InputError
 from ssm_train.peft.spec import load_peft
 from ssm_train.plan import GIB, free_memory, settle_tokens
 from ssm_train.shape import model_shape
+from ssm_train.terminal import say
 
 LAYERS = 2
 LENGTH = 512  # tokens of a document, where the run has no max_length
@@ -48,22 +49,22 @@ def tune(cfg: RunConfig, processes: int | None, out: Path | None) -> Path:
     device = distributed.build_accelerator(cfg.prec, cfg.device).device
     cfg, lines = settle_tokens(cfg, device)
     for line in lines:
-        say_line(line)
+        say(line)
     count = processes or count_processes(cfg, device)
     shape = shape_of(cfg)
     if count > 1:
-        say_line(f"compiling in {count} processes")
+        say(f"compiling in {count} processes")
         lost = compile_side_by_side(shape, count)
         minutes = (time.perf_counter() - began) / 60
-        say_line(f"compiled after {minutes:.1f} minutes" + (f"; {lost} failed" if lost else ""))
-    run_step(shape, device, tune_anew(say_line))
+        say(f"compiled after {minutes:.1f} minutes" + (f"; {lost} failed" if lost else ""))
+    run_step(shape, device, tune_anew(say))
     if not (choices := collect()):
         raise InputError("this run has no kernels to tune: they are plain PyTorch, or of one kind")
     gpu = Gpu.at(device)
     file = out or gpu.user_file
     write(file, gpu, choices)
     tuned = sum(map(len, choices.values()))
-    say_line(f"{tuned} choices in {file} after {(time.perf_counter() - began) / 60:.1f} minutes")
+    say(f"{tuned} choices in {file} after {(time.perf_counter() - began) / 60:.1f} minutes")
     return file
 
 
@@ -95,7 +96,7 @@ def compile_part(cfg: RunConfig, index: int, count: int) -> None:
     try:
         run_step(cfg, device, compile_share(index, count))
     except RuntimeError as error:  # no room on the GPU
-        say_line(f"process {index}: {' '.join(str(error).split())[:200]}")
+        say(f"process {index}: {' '.join(str(error).split())[:200]}")
         sys.exit(1)
 
 

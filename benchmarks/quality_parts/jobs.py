@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ssm_train.durable import write_atomically
 from ssm_train.errors import InputError
-from ssm_train.record import describe_environment
+from ssm_train.record.environment import describe_environment
 
 Job = dict[str, Any]
 """All that tells one training from another, as JSON: its part, family, method, seed, sizes."""

@@ -10,8 +10,8 @@ from typing import Any
 from quality_parts.jobs import Found, Job, Options, base_directory
 from ssm_train.config import resolve_config
 from ssm_train.metrics import peak_memory_gib, read_metrics
+from ssm_train.record.summary import Result
 from ssm_train.strict_yaml import Document
-from ssm_train.summary import Result
 from ssm_train.train import run
 
 LORA_TARGETS = {

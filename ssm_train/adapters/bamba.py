@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.bamba import modeling_bamba as stock
 
 from ssm_train.adapters import common, loading, ssd_triton
-from ssm_train.adapters.base import Batch, KernelChoice, LossSum, ModelSpec, Prepared, Traits
+from ssm_train.adapters.base import KernelChoice, ModelSpec, Prepared, Traits
 from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer, RMSNorm
 from ssm_train.kernels import implementation
 
@@ -112,8 +112,12 @@ def adopt(model: Any) -> None:
 
 
 class BambaAdapter:
+    """transformers' Bamba checkpoints and new Bamba models."""
+
     name = "bamba"
     traits = TRAITS
+    token_losses = staticmethod(common.token_losses)
+    token_logits = staticmethod(common.token_logits)
 
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`."""
@@ -134,12 +138,6 @@ class BambaAdapter:
         model = common.finish(model, spec, tokenizer, self.traits)
         notes = common.choose_stored(kernels, spec.device)
         return Prepared(model, tokenizer, self.traits, kernels, notes)
-
-    def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
-        return common.token_losses(model, batch)
-
-    def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return common.token_logits(model, batch)
 
 
 BAMBA = BambaAdapter()

@@ -207,10 +207,6 @@ class PeftMethod(Protocol):
         """
         ...
 
-    def stages(self) -> tuple[str, ...]:
-        """("train",), or ("warmup", "train")."""
-        ...
-
     @property
     def changes_base(self) -> bool:
         """Whether `changed_base` may give anything; the same on all ranks."""

@@ -6,7 +6,7 @@ How checkpoints, tokenizers and configurations are read is in `loading.py`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -39,11 +39,17 @@ def retype(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -
     return count
 
 
+def under_adapters(module: Any) -> Any:
+    """The layer itself, where adapters are around it."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
 def stored_weight(module: Any) -> Any:
     """The weight of a layer, under adapters too, for a look at what it is; None: it has none.
     ZeRO-3 gathers one that is asked for by name while another module's forward runs."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
+    module = under_adapters(module)
     stored = dict.get(module._parameters, "weight")
     return getattr(module, "weight", None) if stored is None else stored
 
@@ -147,7 +153,7 @@ class CausalConv1d(nn.Conv1d):
         )
 
 
-def matches(name: str, suffixes: tuple[str, ...]) -> bool:
+def matches(name: str, suffixes: Iterable[str]) -> bool:
     """Whether a dotted name ends with one of the suffixes, as whole name parts."""
     return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
 
@@ -326,8 +332,7 @@ def check_fp32(module: nn.Module, names: tuple[str, ...]) -> None:
         owner: Any = module
         for part in path:
             owner = getattr(owner, part, None)
-        while hasattr(owner, "base_layer"):
-            owner = owner.base_layer
+        owner = under_adapters(owner)
         owner = None if owner is None else dict.get(owner._parameters, last)  # as `stored_weight`
         if isinstance(owner, Tensor) and owner.dtype not in (torch.float32, torch.float64):
             raise AssertionError(f"{name} of {type(module).__name__} is {owner.dtype}, not fp32")

@@ -16,10 +16,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssm_train.adapters import common, loading
 from ssm_train.adapters.base import (
-    Batch,
     Kept,
     KernelChoice,
-    LossSum,
     ModelSpec,
     Prepared,
     Traits,
@@ -115,8 +113,8 @@ def adopt(model: Any, kernels: KernelChoice | None = None) -> GLAForCausalLM:
     common.retype(model, OURS)
     for module in model.modules():
         if isinstance(module, GatedLinearAttention):
-            gate = module.gk_proj[1]
-            common.retype(getattr(gate, "base_layer", gate), {nn.Linear: common.Fp32BiasLinear})
+            gate = common.under_adapters(module.gk_proj[1])
+            common.retype(gate, {nn.Linear: common.Fp32BiasLinear})
             common.add_sites(module, module.sites)
         if kernels is not None and type(module) in OURS.values() and hasattr(module, "kernels"):
             module.kernels = kernels
@@ -124,6 +122,7 @@ def adopt(model: Any, kernels: KernelChoice | None = None) -> GLAForCausalLM:
 
 
 def refuse_what_is_not_covered(config: Mapping[str, Any]) -> None:
+    """Raises InputError for a configuration with layers that our forwards do not know."""
     for name, meaning in (
         ("attn", "softmax attention in some layers"),
         ("attnres_block_size", "attention over residuals"),
@@ -140,6 +139,8 @@ class GlaAdapter:
 
     name = "gla"
     traits = TRAITS
+    token_losses = staticmethod(common.token_losses)
+    token_logits = staticmethod(common.token_logits)
 
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`. What runs follows the tensors (`uses_triton`)."""
@@ -183,12 +184,6 @@ class GlaAdapter:
             mixer=size * (hidden + copies * rows + 3 * values) + fp32,  # gate, o, what o_proj reads
             mlp=size * (hidden + 3 * inner),
         )
-
-    def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
-        return common.token_losses(model, batch)
-
-    def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return common.token_logits(model, batch)
 
 
 GLA = GlaAdapter()

@@ -105,6 +105,9 @@ class GatedMLP(common.Part, FlaGatedMLP):  # type: ignore[misc]
 
 
 class GatedLinearAttention(common.Part, fla_layer.GatedLinearAttention):  # type: ignore[misc]
+    """Projections, short convolutions, the recurrence o_t = S_t^T q_t with
+    S_t = diag(exp g_t) S_(t-1) + k_t v_t^T in each head, norm and output gate."""
+
     part = "mixer"
     kernels: KernelChoice = "auto"
     dtype_checked = False

@@ -17,10 +17,8 @@ from transformers.models.mamba2 import modeling_mamba2 as stock2
 
 from ssm_train.adapters import common, loading, mamba_checkpoint, ssd_triton
 from ssm_train.adapters.base import (
-    Batch,
     Kept,
     KernelChoice,
-    LossSum,
     ModelSpec,
     Prepared,
     Traits,
@@ -241,8 +239,8 @@ def adopt(model: nn.Module) -> None:
             common.retype(module, {nn.Conv1d: common.CausalConv1d})
             common.add_sites(module, module.sites)
         if isinstance(module, MambaMixer):
-            layer = getattr(module.dt_proj, "base_layer", module.dt_proj)  # under a PEFT layer
-            common.retype(layer, {nn.Linear: common.Fp32BiasLinear})
+            steps = common.under_adapters(module.dt_proj)
+            common.retype(steps, {nn.Linear: common.Fp32BiasLinear})
         if isinstance(module, Mamba2Mixer):
             module.norm.group_size = module.intermediate_size // module.n_groups
 
@@ -255,6 +253,8 @@ class MambaAdapter:
     traits: Traits
     config_class: Any
     model_class: Any
+    token_losses = staticmethod(common.token_losses)
+    token_logits = staticmethod(common.token_logits)
 
     def choose_kernels(self, kernels: KernelChoice, device: str) -> dict[str, str]:
         """See `adapters.base.ModelAdapter`."""
@@ -298,12 +298,6 @@ class MambaAdapter:
             layer=residual,  # with what the mixer gave
             mixer=size * (hidden + rows) + fp32,
         )
-
-    def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
-        return common.token_losses(model, batch)
-
-    def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return common.token_logits(model, batch)
 
     def _load(self, spec: ModelSpec, tokenizer: Any) -> Any:
         if spec.model is not None and mamba_checkpoint.is_original(

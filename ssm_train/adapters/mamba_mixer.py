@@ -85,6 +85,8 @@ class CachedMixer(common.Part):
 
 
 class MambaMixer(CachedMixer, stock1.MambaMixer):
+    """Mamba-1: convolution, then a scan whose step sizes, B and C come from its own input."""
+
     fp32_names = ("A_log", "D", "dt_proj.bias")
     sites = (
         *("log_decay", "skip", "input_matrix", "output_matrix", "extra_states"),
@@ -144,6 +146,8 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
 
 
 class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
+    """Mamba-2: all projections at once, convolution, the SSD with one decay a head, gated norm."""
+
     fp32_names = ("A_log", "D", "dt_bias")
     sites = (
         *("log_decay", "skip", "step_bias"),

@@ -194,6 +194,7 @@ def make_encoder(task: Task, tokenizer: Any, *, training: bool, max_length: int 
 
 
 def make_dataset(encoder: Encoder, name: str, chunks: Sequence[Chunk]) -> TokenizedDataset:
+    """The examples of a split; where the tokenizer has no pad token, end-of-text fills rows."""
     eos, pad = encoder.tokenizer.eos_token_id, encoder.tokenizer.pad_token_id
     return TokenizedDataset(
         task=encoder.task,

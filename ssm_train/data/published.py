@@ -220,6 +220,7 @@ def find_folder(published: Published, name: str, data_root: str | None) -> Path:
 
 
 def find_files(published: Published, name: str, folder: Path, part: Part) -> tuple[Path, ...]:
+    """Those of the first pattern that matches. Raises InputError where none does."""
     patterns = published.files[part.official]
     for pattern in patterns:
         if found := match_files(folder, pattern):

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ssm_train.errors import InputError
-from ssm_train.record import MARKER, RESULT, read_environment, recorded_peft
+from ssm_train.record import MARKER, RESULT, recorded_peft
+from ssm_train.record.environment import read_environment
 
 COMPLETE = ("finished", "low_metric")
 
@@ -66,7 +67,7 @@ def report_suite(runs: Sequence[tuple[Path, Mapping[str, str], bool]], out: Path
     this one.
     """
     from ssm_train.config import load_config, run_directory
-    from ssm_train.report import report_runs
+    from ssm_train.record.report import report_runs
 
     found = []
     for config, environment, here in runs:

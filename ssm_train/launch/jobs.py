@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssm_train.commands import REQUEUE
 from ssm_train.launch.interrupt import Interrupt
 
-REQUEUE = 75  # exit code of a run that saved itself and wants to be started again
 POLL_SECONDS = 0.1
 TERM_SECONDS = 10.0  # between TERM and KILL, at most
 KILL_SECONDS = 5.0  # until the kernel has taken a killed process away

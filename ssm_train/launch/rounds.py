@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+from ssm_train.commands import DONE, FAILED, INTERRUPTED
 from ssm_train.errors import InputError
 from ssm_train.launch.complete import find_complete_run, report_suite
 from ssm_train.launch.interrupt import Interrupt
@@ -27,8 +28,8 @@ from ssm_train.launch.jobs import (
 from ssm_train.launch.plan import Plan, plan_suite
 from ssm_train.launch.slots import CPU
 from ssm_train.strict_yaml import dump, read_document
+from ssm_train.terminal import say
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130
 Outcome = Literal["done", "failed", "interrupted"]
 
 USAGE = """usage: gla_round_new.sh [SUITE] [ROUND ...|all] [--skip-done]
@@ -202,12 +203,6 @@ def print_end(started: Started, interrupted: bool) -> None:
 def label(job: Job) -> str:
     device = CPU if job.device == CPU else f"GPU {job.device}"
     return f"[{device}] {job.config}"
-
-
-def say(line: str) -> None:
-    """Prints a line at once: others read it through a pipe."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 def now() -> str:

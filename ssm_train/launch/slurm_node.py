@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-SAVED = 75
+from ssm_train.commands import REQUEUE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def choose_failure(codes: Mapping[int, int]) -> tuple[int, int]:
     """(rank, exit code) of a rank that broke, else of one that only saved itself."""
-    return min(codes.items(), key=lambda item: (item[1] == SAVED, item[0]))
+    return min(codes.items(), key=lambda item: (item[1] == REQUEUE, item[0]))
 
 
 def describe(code: int) -> str:
-    if code == SAVED:
+    if code == REQUEUE:
         return "saved itself and wants to be started again"
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"

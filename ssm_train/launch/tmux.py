@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from ssm_train.commands import DONE, FAILED
 from ssm_train.errors import InputError
 from ssm_train.launch.plan import DATA, parse_seed, plan_suite, short_name
 from ssm_train.launch.session import Session, Step, write_session
@@ -22,7 +23,7 @@ from ssm_train.launch.suites import ALL_SUITES, SKIP_DONE, SUITE
 
 DEFAULT_SUITE, DEFAULT_ROUND, DEFAULT_SEED = "E2", "all", "127"
 LOG_DIR = "scripts/train/new/logs"
-DONE, FAILED, EXISTS = 0, 1, 3
+EXISTS = 3  # exit code: the session is there
 # What an interpreter may need before it has read the session's file.
 START_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")
 

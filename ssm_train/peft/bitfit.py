@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssm_train.adapters.common import CausalConv1d
+from ssm_train.adapters.common import CausalConv1d, matches
 from ssm_train.adapters.slices import cut_slices
 from ssm_train.errors import InputError, near
 from ssm_train.peft.layers import DeltaLayer, OwnLayer, zeros
@@ -41,7 +41,7 @@ class BitFitModel(OwnTuner):
 
     def choose(self, settings: BitFitSettings, model: nn.Module) -> dict[str, type[OwnLayer]]:
         targets = settings.target_modules or []
-        cut_slices(model, lambda name: any(f".{name}".endswith(f".{t}") for t in targets))
+        cut_slices(model, lambda name: matches(name, targets))
         modules: dict[str, Any] = {
             name: module
             for name, module in bare_modules(model).items()
@@ -54,7 +54,7 @@ class BitFitModel(OwnTuner):
             return dict.fromkeys(found, BitFitLayer)
         found = set()
         for target in settings.target_modules:
-            hits = {name for name in modules if f".{name}".endswith(f".{target}")}
+            hits = {name for name in modules if matches(name, [target])}
             if not hits:
                 known = dict.fromkeys(name.rpartition(".")[2] for name in modules)
                 hint = near(target, known) or f"; layers here: {', '.join(known)}"

@@ -40,25 +40,21 @@ def export_adapter(
     base_id: str | None,
     traits: Traits,
     initial: Mapping[str, Tensor] | None = None,
-    state: Mapping[str, Tensor] | None = None,
     revision: str | None = None,
 ) -> Path:
     """Writes adapter_model.safetensors, adapter_config.json and README.md into `directory`.
 
     `model` is the PeftModel that `LoraMethod.inject` made; `base_id` and `revision` say which base
-    it belongs to; `initial` is `LoraMethod.initial` (needed for inits that change the base);
-    `state` are gathered parameters by name, when the model's own are sharded. Tensors are those of
-    training, on the original base (PiSSA appendix C: rank 2r). Raises RuntimeError if a tensor is
-    empty or not finite, or is not on disk what it was in memory.
+    it belongs to; `initial` is `LoraMethod.initial` (needed for inits that change the base).
+    Tensors are those of training, on the original base (PiSSA appendix C: rank 2r). Raises
+    RuntimeError if a tensor is empty or not finite, or is not on disk what it was in memory.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     peft_model: Any = model
     config = copy.deepcopy(peft_model.peft_config["default"])
-    tensors = get_peft_model_state_dict(
-        model, state_dict=None if state is None else dict(state), save_embedding_layers=False
-    )
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     if str(getattr(config, "init_lora_weights", "")).startswith(CHANGES_BASE):
         assert initial, f"exporting {config.init_lora_weights} needs LoraMethod.initial"
         tensors = _subtract_start(tensors, initial)
@@ -78,7 +74,7 @@ def export_adapter(
     return directory
 
 
-def load_adapter(model: nn.Module, directory: str | Path, is_trainable: bool = False) -> nn.Module:
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """Puts an exported adapter onto its base. Unlike PEFT, accepts no missing or extra tensor.
 
     A stock transformers or fla model becomes one of ours first, if the adapter needs that.
@@ -94,7 +90,7 @@ def load_adapter(model: nn.Module, directory: str | Path, is_trainable: bool = F
     _check_base(model, directory)
     try:
         with quiet_peft():
-            loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
+            loaded = PeftModel.from_pretrained(model, str(directory))
     except MISREAD as error:  # other names, other shapes, settings that are none
         reason = " ".join(str(error).split())[:400]
         raise InputError(f"{directory} does not fit this base model: {reason}") from error

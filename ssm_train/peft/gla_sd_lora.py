@@ -7,13 +7,14 @@ from typing import ClassVar
 
 from torch import nn
 
+from ssm_train.adapters.common import matches, under_adapters
 from ssm_train.errors import InputError
 from ssm_train.peft.dimensions import Counts
 from ssm_train.peft.layers import OwnLayer
 from ssm_train.peft.sd_lora import SdLoraModel
 from ssm_train.peft.sd_lora_settings import SdLoraSettings
-from ssm_train.peft.sparse import ForgetLayer, ProjectionLayer, is_target
-from ssm_train.peft.tuner import bare_modules
+from ssm_train.peft.sparse import ForgetLayer, ProjectionLayer
+from ssm_train.peft.tuner import bare_modules, family_of
 
 
 class GlaSdLoraSettings(SdLoraSettings):
@@ -42,18 +43,16 @@ class GlaSdLoraModel(SdLoraModel):
         self, settings: SdLoraSettings, model: nn.Module
     ) -> dict[str, type[OwnLayer]]:
         places = bare_modules(model)
-        found = [place for place in places if is_target(place, ["gk_proj.1"])]
+        found = [place for place in places if matches(place, ["gk_proj.1"])]
         if not found:
-            family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
             raise InputError(
-                f"peft_type {self.peft_name}: {family} models have no gk_proj.1 to choose from; "
-                "use SD_LORA"
+                f"peft_type {self.peft_name}: {family_of(model)} models have no gk_proj.1 to "
+                "choose from; use SD_LORA"
             )
         chosen: dict[str, type[OwnLayer]] = dict.fromkeys(found, ProjectionLayer)
-        gate = model.get_submodule(found[0])
-        gate = getattr(gate, "base_layer", gate)
-        zeroed = settings.divide_channels(len(gate.weight), "key channels").zero  # type: ignore[arg-type]
+        gate = under_adapters(model.get_submodule(found[0]))
+        zeroed = settings.divide_channels(len(gate.weight), "key channels").zero
         if settings.stage == "train" and zeroed:
-            sites = [place for place in places if is_target(place, ["forgotten"])]
+            sites = [place for place in places if matches(place, ["forgotten"])]
             chosen |= dict.fromkeys(sites, ForgetLayer)
         return chosen

@@ -198,9 +198,6 @@ class LoraMethod:
         is_B = {"lora_B", "lora_embedding_B"} & set(name.split("."))
         return self.settings.loraplus_lr_ratio or 1.0 if is_B else 1.0
 
-    def stages(self) -> tuple[str, ...]:
-        return ("train",)
-
     @property
     def changes_base(self) -> bool:
         return self.settings.changes_base

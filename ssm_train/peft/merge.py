@@ -38,23 +38,19 @@ class Merged:
     """Whether the adapter would be refused or dead through PEFT alone."""
 
 
-def merge_adapter(
-    model: nn.Module, traits: Traits, probe: Tensor | None = None, tolerance: float = 1e-5
-) -> Merged:
+def merge_adapter(model: nn.Module, traits: Traits, tolerance: float = 1e-5) -> Merged:
     """Adds every adapter of `model` (a PeftModel, which is used up) to its base weights.
 
-    Half-precision weights become fp32 first: in bf16 a small update is rounded away. `probe`:
-    token ids [B, T], else random ones. Raises InputError if logits change by more than
-    `tolerance`, both as root mean square: a wrong weight moves every logit, while the largest
-    change belongs to the one token whose norm happened to be ill-conditioned.
+    Half-precision weights become fp32 first: in bf16 a small update is rounded away. Raises
+    InputError if logits of random tokens change by more than `tolerance`, both as root mean square:
+    a wrong weight moves every logit, while the largest change belongs to the one token whose norm
+    happened to be ill-conditioned.
     """
     peft_model: Any = model
     device = next(model.parameters()).device
-    if probe is None:
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = peft_model.get_base_model().config.vocab_size
-        probe = torch.randint(0, vocabulary, PROBE_SHAPE, generator=generator)
-    probe = probe.to(device)
+    vocabulary = peft_model.get_base_model().config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(0, vocabulary, PROBE_SHAPE, generator=generator).to(device)
     ssm_lora = needs_ssm_lora(model, traits)
     model.eval()
     _store_in_fp32(model)

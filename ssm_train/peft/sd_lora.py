@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssm_train.adapters.base import Prepared
-from ssm_train.adapters.common import Site
+from ssm_train.adapters.common import Site, matches
 from ssm_train.adapters.slices import cut_slices, slice_names
 from ssm_train.errors import InputError, near
 from ssm_train.peft.dimensions import Choice, Selection, choose
@@ -23,9 +23,8 @@ from ssm_train.peft.sparse import (
     DecayLayer,
     FinetunedSite,
     ProjectionLayer,
-    is_target,
 )
-from ssm_train.peft.tuner import OwnConfig, OwnMethod, OwnTuner, bare_modules, own_layers
+from ssm_train.peft.tuner import OwnConfig, OwnMethod, OwnTuner, bare_modules, family_of, own_layers
 
 
 class SdLoraModel(OwnTuner):
@@ -49,16 +48,16 @@ class SdLoraModel(OwnTuner):
                     )
         known = dict.fromkeys([*(p.rpartition(".")[2] for p in bare_modules(model)), *slices])
         for name in [*sparse, *settings.lora_names]:
-            if name not in slices and not any(is_target(p, [name]) for p in bare_modules(model)):
+            if name not in slices and not any(matches(p, [name]) for p in bare_modules(model)):
                 raise InputError(
                     f"peft_type {self.peft_name}: {name!r} matches no module{near(name, known)}"
                 )
         named = [*(name for name in sparse if settings.sparse_names), *settings.lora_names]
         entries = settings.finetune_parameters or []
-        cut_slices(model, lambda p: is_target(p, named) or names_parameter(p, entries))
+        cut_slices(model, lambda p: matches(p, named) or names_parameter(p, entries))
         modules = bare_modules(model)
         for place, module in modules.items():
-            if is_target(place, named):
+            if matches(place, named):
                 if not isinstance(module, nn.Linear):
                     raise InputError(f"peft_type {self.peft_name}: {place} is no linear layer")
                 chosen[place] = ProjectionLayer
@@ -69,7 +68,7 @@ class SdLoraModel(OwnTuner):
     ) -> dict[str, type[OwnLayer]]:
         """The places whose movement chooses."""
         modules = bare_modules(model)
-        found = [place for place in modules if is_target(place, ["log_decay"])]
+        found = [place for place in modules if matches(place, ["log_decay"])]
         heads = [p for p in found if model.get_submodule(p.rpartition(".")[0]).A_log.ndim == 1]  # type: ignore[operator]
         if heads and settings.target_modules and settings.chosen_names:
             raise InputError(
@@ -77,7 +76,7 @@ class SdLoraModel(OwnTuner):
                 f"of {settings.chosen_names[0]}; remove it, or give it LoRA (proj_lora_r)"
             )
         if not found:
-            family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            family = family_of(model)
             raise InputError(
                 f"peft_type {self.peft_name}: {family} models have no A_log to choose from"
                 + ("; use GLA_SD_LORA" if family == "gla" else "")
@@ -90,24 +89,25 @@ def find_finetuned(
 ) -> dict[str, type[OwnLayer]]:
     """Module or site -> layer, for the parameters that train in full. Raises InputError."""
     found: dict[str, type[OwnLayer]] = {}
-    owners = Counter(
-        id(parameter)
-        for module in modules.values()
-        for parameter in module.parameters(recurse=False)
-    )
+    parameters = [
+        (place, name, parameter)
+        for place, module in modules.items()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    owners = Counter(id(parameter) for *_, parameter in parameters)
     for entry in entries:
         places: dict[str, type[OwnLayer]] = {}
-        for place, module in modules.items():
-            for name, parameter in module.named_parameters(recurse=False):
-                if is_named(f"{place}.{name}", [entry]):
-                    if owners[id(parameter)] > 1:
-                        raise InputError(
-                            f"finetune_parameters: {place}.{name} is shared by two modules "
-                            "(tie_word_embeddings), and only one would be trained; leave it out"
-                        )
-                    site = f"{place}.{SITE_OF.get(name)}"
-                    at_site = isinstance(modules.get(site), Site)
-                    places |= {site: FinetunedSite} if at_site else {place: ProjectionLayer}
+        for place, name, parameter in parameters:
+            if not is_named(f"{place}.{name}", [entry]):
+                continue
+            if owners[id(parameter)] > 1:
+                raise InputError(
+                    f"finetune_parameters: {place}.{name} is shared by two modules "
+                    "(tie_word_embeddings), and only one would be trained; leave it out"
+                )
+            site = f"{place}.{SITE_OF.get(name)}"
+            at_site = isinstance(modules.get(site), Site)
+            places |= {site: FinetunedSite} if at_site else {place: ProjectionLayer}
         if not places:
             raise InputError(f"finetune_parameters: {entry!r} is in no parameter name")
         if clash := [place for place in places if taken.get(place) is DecayLayer]:
@@ -125,9 +125,6 @@ class SdLoraMethod(OwnMethod):
         if settings.stage != "train":
             raise InputError("stage: a run goes through both stages by itself; remove it")
         super().__init__(config_class, settings.model_copy(update={"stage": "warmup"}))
-
-    def stages(self) -> tuple[str, ...]:
-        return ("warmup", "train")
 
     @property
     def stage(self) -> str:

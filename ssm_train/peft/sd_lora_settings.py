@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from ssm_train.adapters.common import matches
 from ssm_train.errors import near
 from ssm_train.peft.dimensions import Counts, Division, Share, divide
-from ssm_train.peft.sparse import AXIS_OF_CHANNELS, is_target
+from ssm_train.peft.sparse import AXIS_OF_CHANNELS
 from ssm_train.settings import Settings
 
 
@@ -174,5 +175,5 @@ class SdLoraSettings(Settings):
         """What the values on the cells of the module of this name are multiplied by."""
         if not isinstance(self.sdlora_alpha, dict):
             return self.sdlora_alpha
-        own = (alpha for name, alpha in self.sdlora_alpha.items() if is_target(place, [name]))
+        own = (alpha for name, alpha in self.sdlora_alpha.items() if matches(place, [name]))
         return next(own, 1.0) * self.sdlora_alpha.get("global", 1.0)

@@ -4,7 +4,6 @@ beside them, and LoRA on projections."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from ssm_train.adapters.common import autocasts
+from ssm_train.adapters.common import autocasts, matches
 from ssm_train.errors import InputError
 from ssm_train.peft.dimensions import undecided_indices
 from ssm_train.peft.layer_freeze import SiteDelta, is_named
@@ -156,7 +155,7 @@ class ProjectionLayer(ChosenLayer, DeltaLayer):
     @property
     def axis(self) -> int:
         """The axis of W that counts channels."""
-        return next(a for name, a in AXIS_OF_CHANNELS.items() if is_target(self.place, [name]))
+        return next(a for name, a in AXIS_OF_CHANNELS.items() if matches(self.place, [name]))
 
     def create(self, settings: Any) -> dict[str, Tensor]:
         base: Any = self.base_layer
@@ -165,13 +164,13 @@ class ProjectionLayer(ChosenLayer, DeltaLayer):
             for name, parameter in base.named_parameters(recurse=False)
             if is_named(f"{self.place}.{name}", settings.finetune_parameters or [])
         }
-        if is_target(self.place, settings.dense_names):
+        if matches(self.place, settings.dense_names):
             values["dense"] = zeros(*base.weight.shape, like=base.weight)
-        if is_target(self.place, settings.sparse_names):
+        if matches(self.place, settings.sparse_names):
             shape = list(base.weight.shape)
             shape[self.axis] = settings.divide_channels(shape[self.axis]).train
             values["cells"] = zeros(*shape, like=base.weight)
-        if is_target(self.place, settings.lora_names):
+        if matches(self.place, settings.lora_names):
             rows, columns = base.weight.shape
             A = torch.empty(settings.proj_lora_r, columns, device=base.weight.device)
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as PEFT's
@@ -179,7 +178,7 @@ class ProjectionLayer(ChosenLayer, DeltaLayer):
         return values
 
     def undecided(self, settings: Any) -> dict[str, Tensor]:
-        if not is_target(self.place, settings.sparse_names):
+        if not matches(self.place, settings.sparse_names):
             return {}
         weight: Any = self.base_layer.weight
         channels = settings.divide_channels(weight.shape[self.axis])
@@ -258,8 +257,3 @@ class FinetunedSite(SiteDelta):
     """A mixer's own parameter that trains in full."""
 
     prefix = DecayLayer.prefix
-
-
-def is_target(place: str, names: Iterable[str]) -> bool:
-    """Whether a module's name ends with one of the names, as whole parts."""
-    return any(f".{place}".endswith(f".{name}") for name in names)

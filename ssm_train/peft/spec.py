@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from ssm_train.adapters.base import GLA_NAMES, PeftMethod
 from ssm_train.errors import InputError, near
+from ssm_train.explain import show
 from ssm_train.peft.lora import LoraMethod, LoraSettings
 from ssm_train.peft.registration import CONFIGS
 from ssm_train.peft.sd_lora import SdLoraMethod
@@ -225,7 +226,5 @@ def _explain(
             lines[f"{source}: unknown key {key!r} for peft_type {peft_type}{hint}"] = None
         else:
             what = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            shown = repr(item["input"])
-            shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-            lines[f"{where} is {shown}, but {what}"] = None
+            lines[f"{where} is {show(item['input'])}, but {what}"] = None
     return "\n".join(lines)

@@ -171,9 +171,6 @@ class OwnMethod:
     ) -> None:
         """Nothing: the start depends on no data."""
 
-    def stages(self) -> tuple[str, ...]:
-        return ("train",)
-
     @property
     def changes_base(self) -> bool:
         return False
@@ -209,8 +206,13 @@ def find_sites(model: nn.Module, site: str, method: str) -> list[str]:
     """Names of the modules that are that site of a mixer. Raises InputError where there is none."""
     found = [name for name in bare_modules(model) if name.rpartition(".")[2] == site]
     if not found:
-        family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise InputError(
-            f"peft_type {method}: {family} models have no {site.replace('_', ' ')} to train"
+            f"peft_type {method}: {family_of(model)} models have no {site.replace('_', ' ')} to "
+            "train"
         )
     return found
+
+
+def family_of(model: nn.Module) -> str:
+    """The model_type of its configuration; of a model without one the name of its class."""
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)

@@ -15,7 +15,7 @@ from tiny_runs import LORA, assert_same_run, metrics, train, write_config
 from ssm_train import fit, runlog
 from ssm_train.checkpoint import latest_checkpoint
 from ssm_train.cli import main
-from ssm_train.runlog import RunLog
+from ssm_train.record.runlog import RunLog
 
 LONG = {"max_steps": 40, "save_steps": 20, "skip_eval": True}
 GENERATES = {"eval_gen": {"max_length": 4}, "max_steps": 6}

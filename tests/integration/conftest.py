@@ -13,14 +13,19 @@ from ssm_train.overrides import DIRECTORIES, ENVIRONMENT
 
 
 @pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without the plot at their end, which only takes time; test_commands.py looks at it."""
+    monkeypatch.setattr("ssm_train.record.summary.plot_metrics", lambda run_dirs, out: out)
+
+
+@pytest.fixture
 def launch(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_plot: None
 ) -> Callable[..., Command]:
     """`python train.py <words>` in this process, under the variables given and none of whoever
     runs the tests; without the plot, which only takes time."""
     for variable in [*ENVIRONMENT, *DIRECTORIES]:
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("ssm_train.summary.plot_metrics", lambda run_dirs, out: out)
 
     def run(*words: object, **variables: str) -> Command:
         with monkeypatch.context() as patch:

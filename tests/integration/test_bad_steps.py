@@ -18,17 +18,14 @@ from ssm_train.checkpoint import load_checkpoint
 from ssm_train.engines.replicated import Replicated
 from ssm_train.errors import InputError
 from ssm_train.loop import Training
+from ssm_train.record.runlog import RunLog, observed
 from ssm_train.resume import find_resume_point
-from ssm_train.runlog import RunLog, observed
 
 CALM = LORA | {"lora_dropout": 0.0}
 MLP = "base_model.model.model.layers.1.mlp"
 PACKED = {"packing": True, "batch_size": None, "tokens_per_batch": 64}
 
-
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch):
-    monkeypatch.setattr("ssm_train.summary.plot_metrics", lambda run_dirs, out: out)
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 
 def spoil(monkeypatch, where: str, value: float, first: int, last: int) -> None:
@@ -284,7 +281,7 @@ def test_a_first_batch_that_is_too_large_is_said_before_anything_is_written(
     def token_losses(self, model, batch):
         if len(batch.input_ids) > 1:
             raise torch.OutOfMemoryError("no memory")
-        return of(self, model, batch)
+        return of(model, batch)
 
     monkeypatch.setattr(MambaAdapter, "token_losses", token_losses)
     config = write_config(tmp_path, "large", "mamba", skip_eval=True, max_steps=2, oom=oom)
@@ -302,7 +299,7 @@ def test_out_of_memory_in_an_evaluation_says_what_to_change(tmp_path, monkeypatc
     def token_losses(self, model, batch):
         if len(batch.input_ids) > 4:
             raise torch.OutOfMemoryError("no memory")
-        return of(self, model, batch)
+        return of(model, batch)
 
     monkeypatch.setattr(MambaAdapter, "token_losses", token_losses)
     with pytest.raises(InputError, match="evaluation with 8 examples a batch: lower eval_batch"):

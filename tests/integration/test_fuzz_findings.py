@@ -21,7 +21,7 @@ from ssm_train.commands import BAD_INPUT
 from ssm_train.data.records import read_records
 from ssm_train.data.tasks import build_task
 from ssm_train.data.vocabulary import build_tokenizer
-from ssm_train.errors import InputError, printable
+from ssm_train.errors import InputError
 from ssm_train.finished import find_checkpoint
 from ssm_train.launch.plan import parse_seed
 from ssm_train.launch.slots import parse_plan
@@ -30,6 +30,7 @@ from ssm_train.peft.export import export_adapter, load_adapter
 from ssm_train.peft.spec import load_peft
 from ssm_train.resume import find_resume_point
 from ssm_train.strict_yaml import dump, parse_yaml
+from ssm_train.terminal import printable
 
 # ---------------------------------------------------------------- configs and command lines
 

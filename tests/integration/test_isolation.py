@@ -11,9 +11,9 @@ from tiny_runs import LORA, train, write_config
 
 from ssm_train.adapters import common, gla_mixer, mamba_mixer
 from ssm_train.errors import InputError
+from ssm_train.health.preflight import compiled_length
 from ssm_train.kernels import causal_conv1d, selective_scan, ssd
 from ssm_train.kernels.gla import gla as gla_kernel
-from ssm_train.preflight import compiled_length
 
 PACKED = {"packing": True, "batch_size": None, "tokens_per_batch": 128, "max_steps": 1}
 INITIAL_STATE = {"peft_type": "SSMPEFT", "scan": {"type": "init_state", "init": "zero"}}

@@ -21,8 +21,8 @@ from torch import nn
 
 from ssm_train.adapters import common
 from ssm_train.errors import InputError
+from ssm_train.health.liveness import check_liveness
 from ssm_train.peft.coverage import measure_coverage
-from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.lora import lora_layers
 
 FAMILIES = ("mamba", "mamba2", "gla", "bamba")

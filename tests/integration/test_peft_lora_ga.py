@@ -31,8 +31,8 @@ from torch import nn
 from ssm_train import load_run
 from ssm_train.adapters import common
 from ssm_train.errors import InputError
+from ssm_train.health.liveness import check_liveness
 from ssm_train.peft import lora
-from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.lora import lora_layers
 from ssm_train.peft.lora_ga import mean_gradients, singular_vectors, split_by_layer
 

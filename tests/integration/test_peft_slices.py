@@ -19,8 +19,8 @@ from peft_tiny import (
 from ssm_train.adapters import common
 from ssm_train.adapters.slices import SlicedLinear, cut_slices, join_slices, slice_names
 from ssm_train.errors import InputError
+from ssm_train.health.liveness import check_liveness
 from ssm_train.peft.export import export_adapter, load_adapter
-from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.merge import merge_adapter
 from ssm_train.peft.spec import load_peft
 

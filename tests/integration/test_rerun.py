@@ -8,12 +8,9 @@ from tiny_runs import LORA, SPARSE, losses, stop_in_step, train, write_config
 
 from ssm_train.cli import main
 from ssm_train.commands import BAD_INPUT, DONE, FAILED
-from ssm_train.record import read_environment
+from ssm_train.record.environment import read_environment
 
-
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch):
-    monkeypatch.setattr("ssm_train.summary.plot_metrics", lambda run_dirs, out: out)
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 
 def run_of(directory: Path, family: str = "mamba", **changes) -> Path:

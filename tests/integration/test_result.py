@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import LORA, SIDES, metrics, stop_in_step, train, write_config
 
 from ssm_train import fit as root
-from ssm_train.report import find_runs, report_runs
+from ssm_train.record.report import find_runs, report_runs
 
 
 def result_of(run_dir: Path) -> dict[str, Any]:

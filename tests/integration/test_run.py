@@ -32,11 +32,7 @@ from ssm_train.finished import evaluate_run, load_run
 from ssm_train.lock import own
 from ssm_train.loop import train_step
 
-
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch):
-    """test_commands.py looks at plots; here they only take time."""
-    monkeypatch.setattr("ssm_train.summary.plot_metrics", lambda run_dirs, out: out)
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 
 @pytest.fixture(scope="module")
@@ -496,7 +492,7 @@ def test_ten_bad_losses_end_the_run_without_an_export(tmp_path, monkeypatch):
 
     def broken(self, model, batch):
         calls.append(1)
-        result = original(self, model, batch)
+        result = original(model, batch)
         result.loss = result.loss * (1.0 if len(calls) == 1 else math.nan)  # the preflight passes
         return result
 

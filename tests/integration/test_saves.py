@@ -24,10 +24,7 @@ from ssm_train.checkpoint import checkpoint_path, latest_checkpoint
 from ssm_train.loop import TrainState
 from ssm_train.resume import find_resume_point
 
-
-@pytest.fixture(autouse=True)
-def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssm_train.summary.plot_metrics", lambda run_dirs, out: out)
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 
 @pytest.fixture(scope="module", params=["lora", "sd_lora"])

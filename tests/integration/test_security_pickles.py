@@ -74,13 +74,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr("ssm_train.summary.plot_metrics", lambda run_dirs, out: out)
+        patch.setattr("ssm_train.record.summary.plot_metrics", lambda run_dirs, out: out)
         assert main(["train", "--cfg", str(config)]) == DONE
     return root
 
 
 @pytest.fixture
-def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plot: None) -> Path:
     """A copy of it to plant in, which is the working directory."""
     copy = tmp_path / "place"
     shutil.copytree(finished, copy)
@@ -88,7 +88,6 @@ def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     recorded = RUN / "base.json"
     base = json.loads(recorded.read_text()) | {"directory": str(copy / "base")}
     recorded.write_text(json.dumps(base))
-    monkeypatch.setattr("ssm_train.summary.plot_metrics", lambda run_dirs, out: out)
     return copy
 
 

@@ -30,7 +30,7 @@ TINY = {"peft": {"peft_type": "LORA", "r": 1}, "max_steps": 2, "save_steps": 1, 
 TRACEBACK = """
 import sys
 from ssm_train.cli import main
-from ssm_train.runlog import RunLog
+from ssm_train.record.runlog import RunLog
 def fail(*_): raise RuntimeError("provoked")
 if sys.argv.pop(1) == "fail":
     RunLog.trained = fail

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ssm_train.config import load_config
-from ssm_train.summary import Result
+from ssm_train.record.summary import Result
 from ssm_train.train import run
 
 MODELS: dict[str, dict[str, Any]] = {

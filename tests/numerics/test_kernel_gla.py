@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fla.ops.gla.naive import naive_recurrent_gla
+from gradients import value_and_gradients
 from torch import Tensor
 
 from ssm_train.kernels.gla import gla, reference
@@ -62,17 +63,6 @@ def by_document(op, bounds, initial_state, **inputs):
         results.append(op(**{x: y[:, piece] for x, y in inputs.items()}, initial_state=state))
     outputs, states = zip(*results, strict=True)
     return torch.cat(outputs, 1), torch.cat(states)
-
-
-def value_and_gradients(op, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """o, final state, and the gradients of a loss in which every element of both counts."""
-    o, state = op(**inputs)
-    generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
-        for x in (o.double(), state.double())
-    )
-    return [o, state, *torch.autograd.grad(loss, list(inputs.values()))]
 
 
 def assert_equal(got: list[Tensor], expected: list[Tensor], tol: float = 1e-5) -> None:

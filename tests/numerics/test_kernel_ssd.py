@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import value_and_gradients
 from torch import Tensor
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
@@ -40,17 +41,6 @@ def scan_by_the_paper(x, dt, A, B, C, D, initial_state) -> tuple[Tensor, Tensor]
         h = decay * h + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t, group])
         outputs.append(torch.einsum("bhpn,bhn->bhp", h, C[:, t, group]) + D[:, None] * x[:, t])
     return torch.stack(outputs, 1), h
-
-
-def value_and_gradients(scan, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """y, final state, and the gradients of a loss in which every element of both counts."""
-    y, state = scan(**inputs)
-    generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (v * torch.randn(v.shape, generator=generator, dtype=torch.float64)).sum()
-        for v in (y.double(), state.double())
-    )
-    return [y, state, *torch.autograd.grad(loss, list(inputs.values()))]
 
 
 def scan_with(**options):

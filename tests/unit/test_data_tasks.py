@@ -175,10 +175,9 @@ def test_quickstart_splits_hold_what_they_say():
         assert record["sentence"] == NEW_WORDING.format(**facts(record))
 
 
-def test_quickstart_is_the_same_every_time_and_another_with_another_seed():
+def test_quickstart_is_the_same_every_time():
     for generate in (generate_base, generate_quickstart):
         assert list(generate("val")) == list(generate("val"))
-        assert list(generate("val")) != list(generate("val", seed=1))
 
 
 def test_the_base_model_sees_every_word_but_never_the_new_wording():

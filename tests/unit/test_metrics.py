@@ -16,7 +16,7 @@ from ssm_train.metrics import (
     read_metrics,
     short_number,
 )
-from ssm_train.plot import plot_metrics
+from ssm_train.record.plot import plot_metrics
 
 ROW = {
     "step": 10,

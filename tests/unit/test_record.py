@@ -6,16 +6,15 @@ import os
 import pytest
 
 from ssm_train.errors import InputError
-from ssm_train.overrides import ENVIRONMENT
+from ssm_train.overrides import DIRECTORIES, ENVIRONMENT
 from ssm_train.record import (
-    RECORDED_VARIABLES,
     check_peft,
     check_run_directory,
     create_run_directory,
-    read_driver,
     record_peft,
     recorded_peft,
 )
+from ssm_train.record.environment import describe_environment, read_driver
 
 
 def check(path, overwrite=False, resume=False):
@@ -101,8 +100,12 @@ def test_the_environment_is_recorded_without_secrets(tmp_path, monkeypatch):
     assert record["packages"]["torch"] and record["cpus"] == os.cpu_count()
 
 
-def test_every_variable_of_a_run_is_recorded():
-    assert {name for name in ENVIRONMENT if not name.startswith("HP_")} <= set(RECORDED_VARIABLES)
+def test_every_variable_of_a_run_is_recorded_and_no_other(monkeypatch):
+    known = {*ENVIRONMENT, *DIRECTORIES, "WORLD_SIZE"}
+    for name in {*known, "SOMETHING_ELSE"}:
+        monkeypatch.setenv(name, "1")
+    recorded = describe_environment()["environment"]
+    assert known <= recorded.keys() and "SOMETHING_ELSE" not in recorded
 
 
 def test_a_peft_config_that_changed_is_named(tmp_path):

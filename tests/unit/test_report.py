@@ -15,8 +15,8 @@ from ssm_train.commands import BAD_INPUT, DONE
 from ssm_train.config import RunConfig, dump_yaml, run_directory
 from ssm_train.errors import InputError
 from ssm_train.metrics import MetricsLog
-from ssm_train.report import find_runs, report_runs
-from ssm_train.summary import Result, write_result
+from ssm_train.record.report import find_runs, report_runs
+from ssm_train.record.summary import Result, write_result
 
 
 def write_run(

@@ -16,8 +16,8 @@ from ssm_train.adapters.base import Batch, ModelSpec, Prepared
 from ssm_train.config import RunConfig, load_config, run_directory
 from ssm_train.data.sources import find_task, load_task_data, training_texts
 from ssm_train.data.vocabulary import build_tokenizer
+from ssm_train.health.liveness import check_liveness
 from ssm_train.peft.coverage import measure_coverage
-from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.lora import LoraSettings, lora_layers
 from ssm_train.peft.spec import load_peft
 from ssm_train.peft.targets import match_targets, resolve_targets

@@ -3,7 +3,7 @@
 import math
 import random
 
-from ssm_train.spikes import LEAST, WINDOW, describe, is_spike, remember
+from ssm_train.health.spikes import LEAST, WINDOW, describe, is_spike, remember
 
 
 def noisy(count: int) -> list[float]:

@@ -13,17 +13,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "ship": (
         *("albatross", "anemone", "bluebell", "calypso", "cormorant", "driftwood", "emerald"),
         *("firefly", "gannet", "halcyon", "juniper", "kestrel", "lantern", "marigold"),
-        *(
-            "mistral",
-            "nautilus",
-            "osprey",
-            "pelican",
-            "quicksilver",
-            "rosemary",
-            "sandpiper",
-            "thistle",
-        ),
-        *("undine", "valiant", "wanderer", "willow", "yarrow", "zephyr"),
+        *("mistral", "nautilus", "osprey", "pelican", "quicksilver", "rosemary", "sandpiper"),
+        *("thistle", "undine", "valiant", "wanderer", "willow", "yarrow", "zephyr"),
     ),
     "kind": ("barge", "brig", "clipper", "cutter", "galley", "ketch", "schooner", "trawler"),
     "port": (
@@ -61,12 +52,12 @@ TRAIN_SIZE, EVAL_SIZE = 900, 256
 Ship = tuple[str, ...]
 
 
-def generate_base(split: str, seed: int = 0) -> Iterator[dict[str, Any]]:
+def generate_base(split: str) -> Iterator[dict[str, Any]]:
     """Records for the base model, in all names and the four wordings.
 
     The wording of a training record is drawn; in evaluation any of the four is right.
     """
-    draw = random.Random(f"quickstart_base {split} {seed}")
+    draw = random.Random(f"quickstart_base {split} 0")
     for _ in range(BASE_SIZES[split]):
         ship = _draw_ship(draw, FIELDS["ship"])
         sentences = [_say(wording, ship) for wording in BASE_WORDINGS]
@@ -77,21 +68,21 @@ def generate_base(split: str, seed: int = 0) -> Iterator[dict[str, Any]]:
         }
 
 
-def generate_quickstart(split: str, seed: int = 0) -> Iterator[dict[str, Any]]:
+def generate_quickstart(split: str) -> Iterator[dict[str, Any]]:
     """Records for fine-tuning, in the fifth wording.
 
     Splits: train (900); val, other combinations of the same words; test, ships whose names are
     in `UNSEEN_SHIPS` and in neither of the others.
     """
     seen = tuple(name for name in FIELDS["ship"] if name not in UNSEEN_SHIPS)
-    draw = random.Random(f"quickstart {seed}")
+    draw = random.Random("quickstart 0")
     ships = _draw_different_ships(draw, seen, TRAIN_SIZE + EVAL_SIZE)
     chosen = {
         "train": ships[:TRAIN_SIZE],
         "val": ships[TRAIN_SIZE:],
         "test": _draw_different_ships(draw, UNSEEN_SHIPS, EVAL_SIZE),
     }[split]
-    draw = random.Random(f"quickstart {split} {seed}")
+    draw = random.Random(f"quickstart {split} 0")
     for ship in chosen:
         yield {"record": _list_facts(ship, draw), "sentence": _say(NEW_WORDING, ship)}
 

@@ -20,6 +20,7 @@ from ssm_train import distributed
 from ssm_train.adapters import common
 from ssm_train.adapters.base import Batch, LossSum, Prepared
 from ssm_train.optim import same_rate
+from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import load_peft
 
 DEVICE = torch.device(os.environ.get("SSM_TRAIN_TEST_DEVICE", "cpu"))
@@ -141,7 +142,7 @@ def inject(prepared: Prepared, settings: Json | None, token_losses: Any) -> Any:
     method: Any = spec.make()
     method.inject(prepared)
     method.calibrate(prepared, examples(), token_losses)
-    if "warmup" in method.stages():
+    if isinstance(method, SdLoraMethod):
         train_a_little(prepared.model, seed=7)
         method.begin_training(prepared, method.select(prepared.model))
     return method

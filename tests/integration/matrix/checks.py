@@ -21,8 +21,8 @@ from ssm_train.adapters.common import cast_storage, enable_gradient_checkpointin
 from ssm_train.adapters.loading import load_weights, save_model
 from ssm_train.adapters.registry import adopt
 from ssm_train.errors import InputError
+from ssm_train.health.liveness import check_liveness
 from ssm_train.peft.export import export_adapter, load_adapter
-from ssm_train.peft.liveness import check_liveness
 from ssm_train.peft.merge import merge_adapter
 from ssm_train.peft.registration import CONFIGS
 

@@ -4,18 +4,18 @@ the same numbers as `result.json`."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from ssm_train.adapters.base import PeftMethod, Prepared
 from ssm_train.adapters.loading import save_model
 from ssm_train.durable import write_atomically
 from ssm_train.evaluate import Row
 from ssm_train.loop import Outcome
-from ssm_train.plot import plot_metrics
 from ssm_train.record import RESULT, WARMUP, replace_directory
+from ssm_train.record.plot import plot_metrics
 
 
 @dataclass
@@ -104,8 +104,8 @@ def write_result(result: Result) -> None:
     write_atomically(result.run_dir / RESULT, json.dumps(finite, indent=2) + "\n")
 
 
-def print_summary(result: Result, say: Any) -> None:
-    """Rank 0. The run in about fifteen lines, by `say(line)`; draws `metrics.png`."""
+def print_summary(result: Result, say: Callable[[str], None]) -> None:
+    """Rank 0. The run in about fifteen lines; draws `metrics.png`."""
     run_dir, name = result.run_dir, result.main_metric
     stage_dir = run_dir / WARMUP if result.stage == WARMUP else run_dir
     last = stage_dir / "checkpoints" / "last"

@@ -1,11 +1,8 @@
-"""What crosses between processes: the collectives that an engine asks for, from Python or C++, and
-the bytes that this process's sockets have sent."""
+"""What crosses between processes: the collectives that an engine asks for, from Python or C++. For
+`scaling_gpu.py`, and for tests/parallel, which compare it with the plan."""
 
 from __future__ import annotations
 
-import os
-import socket
-import struct
 from collections import Counter
 from typing import Any
 
@@ -26,7 +23,6 @@ KINDS = {
     "broadcast_": ("broadcast", 0),
     "reduce_": ("reduce", 0),
 }
-BYTES_ACKNOWLEDGED = 120  # where Linux's struct tcp_info has tcpi_bytes_acked, 8 bytes
 
 
 class CollectiveCount(TorchDispatchMode):
@@ -46,17 +42,3 @@ class CollectiveCount(TorchDispatchMode):
                 if isinstance(tensor, Tensor) and tensor.dtype != torch.float64:
                     self.sizes[kind] += tensor.nbytes
         return func(*args, **(kwargs or {}))
-
-
-def bytes_sent() -> int:
-    """Through all TCP sockets of this process, without headers and what was sent again."""
-    total = 0
-    for descriptor in os.listdir("/proc/self/fd"):
-        path = f"/proc/self/fd/{descriptor}"
-        if not os.path.lexists(path) or not os.readlink(path).startswith("socket:"):
-            continue
-        with socket.socket(fileno=os.dup(int(descriptor))) as copy:
-            if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
-                info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                total += struct.unpack_from("Q", info, BYTES_ACKNOWLEDGED)[0]
-    return total

@@ -4,6 +4,7 @@ documents are apart. Kernels that the step launches are compiled first.
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,9 @@ from ssm_train import distributed
 from ssm_train.adapters.base import Batch
 from ssm_train.data.batches import collate, pack
 from ssm_train.ending import hear_others
-from ssm_train.isolation import check_isolation
-from ssm_train.out_of_memory import BatchTooLarge, explain_out_of_memory, halve
-from ssm_train.peft.liveness import check_liveness, unchanged
+from ssm_train.health.isolation import check_isolation
+from ssm_train.health.liveness import check_liveness, unchanged
+from ssm_train.health.out_of_memory import BatchTooLarge, explain_out_of_memory, halve
 
 if TYPE_CHECKING:
     from ssm_train.fit import Ready
@@ -26,10 +27,14 @@ FULL_ROW = 4096  # tokens from which on kernels choose as they do for longer row
 
 
 def compile_kernels(ready: Ready, model: nn.Module) -> None:
-    """All ranks. What a training step and the proofs launch, before it is compiled one by one."""
+    """All ranks. What a training step and the proofs launch, before it is compiled one by one.
+
+    Notes how long that took.
+    """
     device, prepared = ready.engine.device, ready.subject.prepared
     if device.type != "cuda" or not any("riton" in name for name in prepared.kernels.values()):
         return
+    began = time.perf_counter()
     from ssm_train.kernels.compiling import compile_ahead  # triton, which a CPU may do without
 
     batches = [ready.micro_batches(0)[0].to(device)]
@@ -44,6 +49,20 @@ def compile_kernels(ready: Ready, model: nn.Module) -> None:
     except Exception as error:  # what is wrong shows again when kernels run
         reason = str(error).partition("\n")[0]
         warnings.warn(f"kernels are compiled one after the other: {reason}", stacklevel=2)
+    if (seconds := time.perf_counter() - began) > 1:
+        ready.notes.append(f"kernels compiled in {seconds:.1f} s")
+
+
+def prove(ready: Ready, model: nn.Module) -> None:
+    """All ranks. Notes that every trained tensor is alive and, in packed runs, that documents are
+    apart. Raises InputError where they are not."""
+    began = time.perf_counter()
+    prove_alive(ready, model)
+    proven = "every trained tensor is alive"
+    if ready.proves_isolation:
+        prove_isolated(ready, model)
+        proven += " and packed documents are apart"
+    ready.notes.append(f"{proven}, checked in {time.perf_counter() - began:.1f} s")
 
 
 def prove_alive(ready: Ready, model: nn.Module) -> None:

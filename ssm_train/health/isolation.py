@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ssm_train.adapters.base import Batch, TokenLosses
 from ssm_train.errors import InputError
+from ssm_train.health.liveness import fill_zeros, unchanged
 from ssm_train.parts import take_norms
-from ssm_train.peft.liveness import fill_zeros, unchanged
 
 LEAK = 1e-6
 """What the second document may change with the first: no more than a rounding here and there."""

@@ -1,4 +1,4 @@
-"""The run directory: who may use it, and the record of how a run was made.
+"""The run directory: who may use it, and the names of what a run leaves there.
 
 `cfg.yaml` (the resolved config) marks a directory as ours; only such a directory is ever removed.
 """
@@ -7,48 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ssm_train.durable import remove, rename, sync, write_atomically, writing
 from ssm_train.errors import InputError
-from ssm_train.overrides import ENVIRONMENT
-from ssm_train.secrets import redact, redact_command
+from ssm_train.record.environment import FACTS_FILE, describe_environment, read_environment
 from ssm_train.strict_yaml import read_document
 
 MARKER = "cfg.yaml"
-FACTS_FILE = "environment.json"  # versions, hardware, source, command, data
 RESULT = "result.json"  # how the run ended; summary.py writes it
 WARMUP = "warmup"  # a method's first stage, and the directory of a run that has what it wrote
 PEFT = "peft.json"  # the PEFT settings with all overrides: what `peft` names may change later
-PACKAGES = [
-    "ssm_train", "torch", "triton", "transformers", "peft", "accelerate", "datasets",
-    "safetensors", "tokenizers", "numpy", "flash-linear-attention", "mamba-ssm", "causal-conv1d",
-    "deepspeed", "liger-kernel",
-]  # fmt: skip
-# Of environment.json, besides the packages: what a run that is repeated is compared in.
-FACTS = [
-    "python", "platform", "cpu", "threads", "gpus", "cuda", "driver", "git", "engine", "processes",
-    "device", "data",
-]  # fmt: skip
-# Environment variables that change a run, besides those that stand for a key of the config.
-# Nothing else of the environment is ever written down.
-RECORDED_VARIABLES = [
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU",
-    "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
-    "GRADIENT_CHECKPOINTING", "HF_HUB_OFFLINE", "LOCAL_RANK", "LOGITS_TO_KEEP",
-    "LR_SCHEDULER_TYPE", "LR_WARMUP_RATIO", "LR_WARMUP_STEPS", "NUM_DATA_WORKERS",
-    "OMP_NUM_THREADS", "RANK", "SLURM_JOB_ID", "SLURM_NNODES", "SSM_TRAIN_CACHE", "SSM_TRAIN_DATA",
-    "SSM_TRAIN_OUTPUT", "WORLD_SIZE",
-]  # fmt: skip
 
 
 def check_run_directory(run_dir: Path, *, overwrite: bool, resume: bool) -> None:
@@ -188,91 +161,3 @@ def replace_directory(path: Path) -> Iterator[Path]:
             rename(path, old)
         rename(partial, path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, hardware, source revision and command of this process."""
-    import torch
-
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "cpu": read_cpu(Path("/proc/cpuinfo")),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-        "driver": read_driver(Path("/proc/driver/nvidia/version")),
-        "packages": {package: version(package) for package in PACKAGES},
-        "git": describe_source(),
-        "command": redact_command(sys.argv),
-        "environment": {
-            name: redact(os.environ[name])
-            for name in sorted({*RECORDED_VARIABLES, *ENVIRONMENT} & set(os.environ))
-        },
-    }
-
-
-def read_driver(file: Path) -> str | None:
-    """The version of NVIDIA's driver, from what its kernel module says; None without one."""
-    try:
-        found = re.search(r"NVRM version:.*?\s(\d+\.[\d.]+)\s", file.read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    return found[1] if found else None
-
-
-def read_cpu(file: Path) -> str:
-    """The model of the processor, as far as the system says it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", file.read_text(encoding="utf-8"), re.M)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def read_environment(run_dir: Path) -> dict[str, Any]:
-    """What `describe_environment` and the run wrote down."""
-    path = run_dir / FACTS_FILE
-    if not path.is_file():
-        raise InputError(f"{run_dir} has no {FACTS_FILE}, the record of how it was made")
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
-
-
-def differing_facts(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each fact that changes what a run computes and is not as recorded."""
-    then, here = (
-        {key: facts.get(key) for key in FACTS} | facts["packages"] for facts in (record, now)
-    )
-    recorded = {*record, *record["packages"]}
-    return [
-        f"{key}: {json.dumps(then.get(key))} in the record, {json.dumps(here.get(key))} now"
-        if key in recorded
-        else f"{key}: not in the record"
-        for key in {**then, **here}
-        if then.get(key) != here.get(key)
-    ]
-
-
-def describe_source() -> dict[str, Any] | None:
-    """Commit of the package's own checkout and whether it was changed; None outside git."""
-    package = Path(__file__).parent
-    git = ["git", "-C", str(package)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "."], capture_output=True, text=True
-        )
-    except FileNotFoundError:  # no git on this machine
-        return None
-    if commit.returncode:
-        return None
-    return {"commit": commit.stdout.strip(), "changed": bool(status.stdout.strip())}
