@@ -21,7 +21,7 @@ from ssm_train.adapters.base import (
     PeftMethod,
     Prepared,
 )
-from ssm_train.adapters.loading import save_model
+from ssm_train.adapters.loading import read_config, save_model
 from ssm_train.bases import base_run
 from ssm_train.config import RunConfig, as_recorded, load_config
 from ssm_train.data.batches import collate, pack
@@ -186,6 +186,8 @@ def prepare_model(
             place=place,
         )
         adapter, reason = registry.resolve(spec)
+        if model is not None:  # a name may have routed it, and its tokenizer would be blamed next
+            read_config(model, cfg.revision)
         if cfg.packing and "packing" not in adapter.traits.supports:
             raise InputError(f"packing: {adapter.name} models cannot be packed; set packing: false")
         prepared = adapter.prepare(spec)
