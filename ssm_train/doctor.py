@@ -13,16 +13,18 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+from ssm_train import __version__
+
 # distribution -> (what it is for, how to install it); the first ones are required.
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 OPTIONAL = {
     "triton": ("kernels on NVIDIA GPUs; imported by GLA", "pip install triton"),
     "flash-linear-attention": ("the GLA family", "pip install 'flash-linear-attention>=0.6,<0.7'"),
-    "deepspeed": ("planned: ZeRO; runs refuse it so far", "pip install -e '.[deepspeed]'"),
+    "deepspeed": ("ZeRO-1, 2 and 3", "DS_BUILD_OPS=0 pip install -e '.[deepspeed]'"),
     "mamba-ssm": ("fast scans of Mamba-2 on a GPU", "pip install -e '.[mamba]'"),
     "causal-conv1d": ("needed by mamba-ssm for its own models", "pip install -e '.[mamba]'"),
-    "liger-kernel": ("fused losses on NVIDIA GPUs", "pip install -e '.[cuda]'"),
-    "lm-eval": ("standard benchmarks", "pip install -e '.[eval]'"),
+    "liger-kernel": ("planned: nothing here calls it yet", "pip install -e '.[cuda]'"),
+    "lm-eval": ("planned: nothing here calls it yet", "pip install -e '.[eval]'"),
     "tensorboard": ("trackers: [tensorboard]", "pip install tensorboard"),
     "wandb": ("trackers: [wandb]", "pip install wandb"),
     "trackio": ("trackers: [trackio]", "pip install trackio"),
@@ -58,6 +60,7 @@ def examine() -> dict[str, Any]:
     """Everything, as JSON-able data: `packages`, `devices`, `kernels`."""
     devices = examine_devices()
     return {
+        "ssm_train": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": devices,
@@ -171,7 +174,10 @@ def show(findings: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     devices = findings["devices"]
-    console.print(f"Python {findings['python']} on {findings['platform']}", markup=False)
+    console.print(
+        f"ssm_train {findings['ssm_train']}, Python {findings['python']} on {findings['platform']}",
+        markup=False,
+    )
     console.print(f"CPU: {devices['cpus']} cores, {devices['threads']} threads in torch")
     for i, gpu in enumerate(devices["gpus"]):
         console.print(
