@@ -204,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--cfg", type=Path, required=True, metavar="FILE", help="run config (.yaml or .json)"
     )
     plan_.add_argument(
-        "--gib", type=float, help="memory of the GPU (default: that of the one here, else 79.2)"
+        "--gib", type=amount, help="memory of the GPU (default: that of the one here, else 79.2)"
     )
     plan_.add_argument(
         "--gpus", type=commands.positive, metavar="N", help="GPUs that train together"
