@@ -119,6 +119,8 @@ def choose_main_metric(cfg: RunConfig, task: Task) -> str:
     metric = cfg.metric_for_best or known[0]
     if metric not in known:
         hint = near(metric, known) or f"; this run measures {', '.join(known)}"
+        if metric in task.metrics and not cfg.skip_eval:
+            hint = " without answers; set eval_gen, such as {max_new_tokens: 64}"
         raise InputError(f"metric_for_best: {metric!r} is not measured{hint}")
     if cfg.min_eval_metric_after_epoch and metric in LOSSES:
         raise InputError(

@@ -127,6 +127,7 @@ KEYS = [
         "less is better",
     ),  # fmt: skip
     changed("key of other trainers", {"lr": 1e-3}, "unknown key 'lr'", "here it is learning_rate"),
+    changed("metric of answers", {"metric_for_best": "bleu"}, "'bleu'", "set eval_gen"),
     changed("unknown key like none", {"xyzzy": 1}, "unknown key 'xyzzy'", "learning_rate"),
     changed("text for a number", {"learning_rate": "fast"}, "learning_rate is 'fast'", "a number"),
     changed("fraction for a count", {"batch_size": 4.5}, "batch_size is 4.5", "a whole number"),
@@ -271,6 +272,7 @@ MODELS = [
 ]
 
 PEFT = [
+    changed("no PEFT", {"peft": "None"}, "None does not exist", "full fine-tuning write null"),
     changed("no PEFT file", {"peft": "nope.json"}, "nope.json", "does not exist"),
     changed(
         "malformed PEFT file",
