@@ -212,19 +212,6 @@ def read_environment(run_dir: Path) -> dict[str, Any]:
     return record
 
 
-def changed_data(run_dir: Path, data: Mapping[str, Any]) -> list[str]:
-    """A line where the training data of a run that goes on are not those of its last start, as
-    step k then has other examples; `data`: their fingerprint."""
-    then = read_environment(run_dir).get("data")
-    if then is None or then["sha256"] == data["sha256"]:
-        return []
-    before, now = (f"{d['examples']:,} examples, {d['tokens']:,} tokens" for d in (then, data))
-    return [
-        f"resumed with other training data than at its last start ({before} then, {now} now): "
-        "some may be seen twice, others never"
-    ]
-
-
 def differing_facts(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line for each fact that changes what a run computes and is not as recorded."""
     then, here = (

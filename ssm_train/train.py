@@ -60,7 +60,6 @@ from ssm_train.preflight import compile_kernels, prove_alive, prove_isolated
 from ssm_train.record import (
     MARKER,
     WARMUP,
-    changed_data,
     check_peft,
     check_run_directory,
     create_run_directory,
@@ -169,8 +168,6 @@ def get_ready(
     if peft and not given:
         subject.method = peft.make()
     found, notes = begin(run_dir, cfg, subject, inject=given is None)
-    if cfg.resume:
-        notes += changed_data(run_dir, fingerprint(data["train"]))
     method, prepared = subject.method, subject.prepared
     order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)
     ready = Ready(run_dir, cfg, engine, subject, base, data, order, {}, found, notes)

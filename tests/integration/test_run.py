@@ -122,18 +122,6 @@ def test_resume_refuses_another_run_and_names_what_changed(tmp_path, bases, caps
     assert "resumed with save_total_limit 3 instead of 2" in capsys.readouterr().out
 
 
-def test_resume_with_other_data_says_so(tmp_path, bases, capsys):
-    changes = from_base(bases, "mamba") | {"peft": LORA, "skip_eval": True}
-    config = write_config(tmp_path, "run", "mamba", **changes)
-    train(config)
-    train(config, resume=True)
-    assert "other training data" not in capsys.readouterr().out
-    data = tmp_path / "train.jsonl"
-    data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
-    train(config, resume=True)
-    assert "resumed with other training data than at its last start" in capsys.readouterr().out
-
-
 def test_resume_begins_where_no_run_is_yet(tmp_path, bases, capsys):
     """A job that is submitted again has the same command the first time."""
     changes = from_base(bases, "mamba") | {"max_steps": 2, "skip_eval": True}
