@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ssm_train import distributed
 from ssm_train.checkpoint import digest
 from ssm_train.config import RunConfig, as_recorded, load_config, run_directory
+from ssm_train.durable import write_atomically
 from ssm_train.errors import InputError
 from ssm_train.explain import Provenance
 from ssm_train.lock import InUse, own
@@ -111,7 +112,7 @@ def record_base(run_dir: Path, base: str) -> None:
     directory = Path(base).expanduser()
     if directory.is_dir():
         values = {"directory": str(directory.resolve()), "sha256": hash_weights(directory)}
-        (run_dir / RECORD).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_atomically(run_dir / RECORD, json.dumps(values, indent=2) + "\n")
 
 
 def recorded_base(run_dir: Path) -> str | None:

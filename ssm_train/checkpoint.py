@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ssm_train.durable import (
     remove,
+    remove_if_possible,
+    rename,
     sync,
     write_atomically,
     write_json,
@@ -33,6 +35,8 @@ from ssm_train.settings import Settings
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+UNREADABLE = "cannot be read"
+"""In the words of `find_damage` for what may pass: an error of the disk, or of permissions."""
 Group = Literal["trainable", "optimizer", "base"]
 
 
@@ -79,7 +83,7 @@ def save_checkpoint(
     final.parent.mkdir(parents=True, exist_ok=True)
     write_point("checkpoints made")
     for leftover in final.parent.glob("*.tmp"):
-        remove(leftover)
+        remove_if_possible(leftover)
     write_point("leftovers removed")
     try:
         partial.mkdir()
@@ -107,14 +111,14 @@ def publish(partial: Path, final: Path) -> None:
     if final.exists():
         if replaced.exists():
             remove(replaced)
-        final.rename(replaced)
+        rename(final, replaced)
         write_point("old one moved aside")
-    partial.rename(final)
+    rename(partial, final)
     write_point("renamed")
     sync(final.parent)
     write_point("rename synced")
     for old in final.parent.glob("step-*.old"):
-        remove(old)
+        remove_if_possible(old)
         write_point("old one removed")
 
 
@@ -174,7 +178,7 @@ def find_damage(path: Path, *, hashes: bool = True) -> str | None:
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
-        return f"{MANIFEST} cannot be read ({error.strerror})"
+        return f"{MANIFEST} {UNREADABLE} ({error.strerror})"
     except (ValueError, RecursionError):
         return f"{MANIFEST} is not JSON"
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != own_digest(manifest):
@@ -185,16 +189,15 @@ def find_damage(path: Path, *, hashes: bool = True) -> str | None:
         return f"{MANIFEST} is of step {manifest['step']}"
     for name, expected in manifest["files"].items():
         file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if (size := file.stat().st_size) != expected["size"]:
-            return f"{name} has {size} bytes instead of {expected['size']}"
         try:
-            same = not hashes or digest(file) == expected["sha256"]
+            if not file.is_file():
+                return f"{name} is missing"
+            if (size := file.stat().st_size) != expected["size"]:
+                return f"{name} has {size} bytes instead of {expected['size']}"
+            if hashes and digest(file) != expected["sha256"]:
+                return f"{name} does not match its SHA-256"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if not same:
-            return f"{name} does not match its SHA-256"
+            return f"{name} {UNREADABLE} ({error.strerror})"
     return None
 
 
@@ -238,13 +241,15 @@ def read_checkpoint(path: Path, rank: int) -> Checkpoint:
             if name.endswith(".safetensors")
         },
         state=json.loads((path / STATE).read_text(encoding="utf-8")),
-        rng=(
-            json.loads((path / rng_name(rank)).read_text(encoding="utf-8"))
-            if rng_name(rank) in names
-            else None
-        ),
+        rng=read_rng(path, rank) if rng_name(rank) in names else None,
         world_size=manifest["world_size"],
     )
+
+
+def read_rng(path: Path, rank: int) -> dict[str, Any]:
+    """Random states of one of the ranks that saved it, by library."""
+    states: dict[str, Any] = json.loads((path / rng_name(rank)).read_text(encoding="utf-8"))
+    return states
 
 
 def digest(path: Path) -> str:
@@ -277,23 +282,34 @@ def read_pointer(run_dir: Path, name: Literal["best", "last"]) -> int | None:
 def prune(run_dir: Path, keep: int, protect: Collection[int] = ()) -> list[Path]:
     """Removes all but the newest `keep` checkpoints and the steps in `protect`. Rank 0 only.
 
-    Damaged ones do not count. The newest that verifies in full is never removed.
+    Damaged ones do not count. The newest that verifies in full is never removed, and nothing where
+    none does: perhaps the disk cannot be read. Raises OSError, after all others are removed, where
+    one cannot be.
     """
     assert keep >= 1, keep
-    kept: list[Path] = []
+    failure: OSError | None = None
+    found = list_checkpoints(run_dir)
     doomed: list[Path] = []
     count = 0
-    for step, path in list_checkpoints(run_dir):
+    for step, path in found:
         whole = find_damage(path, hashes=False) is None
         count += whole
-        (kept if step in protect or (whole and count <= keep) else doomed).append(path)
-    if doomed and not any(find_damage(path) is None for path in kept):
-        spared = next((path for path in doomed if find_damage(path) is None), None)
-        doomed = [path for path in doomed if path != spared] if spared else []
+        if step not in protect and not (whole and count <= keep):
+            doomed.append(path)
+    if doomed:
+        newest = next((path for _, path in found if find_damage(path) is None), None)
+        doomed = [path for path in doomed if path != newest] if newest else []
     for path in doomed:
         # A removal that is cut short leaves a name that nobody takes for a checkpoint.
-        leftover = path.rename(path.with_name(path.name + ".tmp"))
-        write_point("pruned one renamed")
-        remove(leftover)
+        leftover = path.with_name(path.name + ".tmp")
+        try:
+            rename(path, leftover)
+            write_point("pruned one renamed")
+            remove(leftover)
+        except OSError as error:
+            failure = failure or error
+            continue
         write_point("pruned one removed")
+    if failure:
+        raise failure
     return doomed

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from ssm_train import __version__, commands
 from ssm_train.commands import BAD_INPUT, INTERRUPTED
-from ssm_train.errors import InputError, printable, unusable_path
+from ssm_train.errors import InputError, printable, unusable
 from ssm_train.secrets import redact
 
 EPILOG = """exit codes:
@@ -31,15 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").startswith("ssm_train"):
             raise
         return refuse(InputError(f"{sys.executable} has no {error.name}; {OTHER_PYTHON}"))
-    except OSError as error:
-        if (refusal := unusable_path(error)) is None:
-            raise
-        return refuse(refusal)
     except InputError as error:
         return refuse(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (refusal := unusable(error)) is None:
+            raise
+        return refuse(refusal)
 
 
 def check_python() -> None:
@@ -242,7 +242,8 @@ def build_parser() -> argparse.ArgumentParser:
         commands.verify_resume,
         "Prove that stopping changes nothing. Trains some steps of a run in one go, and again\n"
         "killed twice and resumed, in a temporary directory, and compares bit for bit; exits 1\n"
-        "where anything differs, and says what comes first.",
+        "where anything differs, and says what comes first. Under several processes: started by\n"
+        "their launcher, with -m ssm_train verify-resume.",
         "ssm-train verify-resume --cfg cfg/quickstart/gla_lora.yaml --steps 12",
     )
     verify_.add_argument(

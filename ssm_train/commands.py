@@ -189,11 +189,12 @@ def verify_resume(arguments: argparse.Namespace) -> int:
 
     from ssm_train.verify_resume import verify
 
-    difference = verify(cfg, arguments.steps, print)
+    say = print if os.environ.get("RANK", "0") == "0" else lambda line: None
+    difference = verify(cfg, arguments.steps, say)
     if difference is not None:
-        print(f"not the same: {difference}")
+        say(f"not the same: {difference}")
         return FAILED
-    print(
+    say(
         "the same, bit for bit: examples and losses of every step, parameters, optimizer and "
         "random states"
     )

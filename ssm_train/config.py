@@ -18,7 +18,7 @@ from ssm_train.data import DataSettings
 from ssm_train.errors import InputError, near, whole_number
 from ssm_train.evaluate import EvalSettings
 from ssm_train.explain import Provenance, explain, find_place
-from ssm_train.metrics import TRACKERS, MetricsSettings
+from ssm_train.metrics import MetricsSettings
 from ssm_train.optim import OptimSettings
 from ssm_train.overrides import (
     DIRECTORIES,
@@ -32,6 +32,7 @@ from ssm_train.schedule import LoopSettings
 from ssm_train.secrets import refuse_secrets
 from ssm_train.settings import Settings
 from ssm_train.strict_yaml import Document, dump, read_document
+from ssm_train.trackers import TRACKERS
 
 # The runs that a bare PEFT JSON configures, as `train.py --cfg cfg/peft/lora/x.json` always did:
 # Mamba's, or GLA's where the targets are modules of GLA.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from ssm_train.errors import UNUSABLE_DISK, system_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SECONDS_TO_APPEAR = 10.0
 
 at_write_point: Callable[[str], None] | None = None
 """Called at every write point. None but in fault tests, which kill the process there."""
@@ -23,6 +29,19 @@ def write_point(name: str) -> None:
         at_write_point(name)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, an error of the disk that does not say which file it is about says that it is this
+    one."""
+    try:
+        yield
+    except Exception as error:
+        found = system_error(error)
+        if found is None or found.errno not in UNUSABLE_DISK or found.filename is not None:
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
     write_point(f"{path.name} written")
@@ -32,6 +51,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Safetensors. Raises OSError where they cannot be written."""
+    from safetensors import SafetensorError  # which loads torch
+    from safetensors.torch import save_file
+
     seen: set[int] = set()
     separate: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -54,11 +76,12 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
-        write_point(f"{path.name} written")
-        sync(partial)
-        write_point(f"{path.name} synced")
-        partial.replace(path)
+        with writing(path):
+            partial.write_text(text, encoding="utf-8")
+            write_point(f"{path.name} written")
+            sync(partial)
+            write_point(f"{path.name} synced")
+            rename(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
@@ -67,11 +90,25 @@ def write_atomically(path: Path, text: str) -> None:
     write_point(f"{path.name} rename synced")
 
 
+def rename(path: Path, to: Path) -> None:
+    """Replaces `to`, if it is a file. A rename whose answer was lost, as NFS loses it, is asked for
+    again and finds nothing: it has happened."""
+    source = os.lstat(path)
+    try:
+        path.replace(to)
+    except FileNotFoundError:
+        if not (to.exists() and os.path.samestat(source, os.lstat(to))):
+            raise
+
+
 def sync(path: Path) -> None:
-    """Asks the disk to have a file, or the names in a directory."""
+    """Asks the disk to have a file, or the names in a directory where that can be asked for."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network disks cannot
+            raise
     finally:
         os.close(handle)
 
@@ -82,3 +119,23 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def remove_if_possible(path: Path) -> None:
+    """As far as it goes: NFS keeps the name of a file, in its directory, while someone reads it."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def appears(path: Path) -> bool:
+    """Whether it is there, or comes in `SECONDS_TO_APPEAR`, as what another host has just written
+    does on NFS."""
+    until = time.monotonic() + SECONDS_TO_APPEAR
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+        with suppress(OSError):
+            os.listdir(path.parent)  # which asks the server again
+    return path.exists()

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ssm_train import distributed
+from ssm_train.errors import unusable
 
 SECONDS_BETWEEN_QUESTIONS = 1.0
 SECONDS_TO_HEAR = 10.0
@@ -40,7 +41,7 @@ def end_others(why: str) -> None:
 @contextmanager
 def hear_others() -> Iterator[None]:
     """All ranks. Inside, a thread asks whether another process ends them all (`end_others`): then
-    this one says why, and ends with exit code 2."""
+    this one says why, and ends with exit code 2. A disk that fails on one process ends them all."""
     if not dist.is_initialized() or distributed.world_size() == 1:
         yield
         return
@@ -65,6 +66,10 @@ def hear_others() -> Iterator[None]:
     thread.start()
     try:
         yield
+    except Exception as error:
+        if (why := unusable(error)) is not None:
+            end_others(str(why))
+        raise
     finally:
         done.set()
         thread.join()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterable
 
 UNUSABLE_PATH = (errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+UNUSABLE_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE,
+)  # fmt: skip
 
 
 class InputError(ValueError):
@@ -19,11 +24,29 @@ def whole_number(text: str) -> int | None:
     return int(text) if plain else None
 
 
-def unusable_path(error: OSError) -> InputError | None:
-    """What a path that the system refuses means to the user; None where it is no such error."""
-    if error.errno not in UNUSABLE_PATH or error.filename is None:
+def unusable(error: Exception) -> InputError | None:
+    """What a path that the system refuses, or a disk that fails, means to the user; None for any
+    other error."""
+    found = system_error(error)
+    if found is None:
         return None
-    return InputError(f"{error.filename}: {error.strerror}; give another path")
+    if found.errno in UNUSABLE_DISK:
+        return InputError(
+            f"{found.filename or 'a file'}: {found.strerror}; make room, or make it writable, and "
+            "start again: a run goes on with --resume"
+        )
+    if found.errno not in UNUSABLE_PATH or found.filename is None:
+        return None
+    return InputError(f"{found.filename}: {found.strerror}; give another path")
+
+
+def system_error(error: Exception) -> OSError | None:
+    """The system's error that an exception is, or that a library in Rust (safetensors, tokenizers)
+    tells of in words."""
+    if isinstance(error, OSError):
+        return error
+    told = re.search(r"\(os error (\d{1,4})\)", str(error))
+    return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
 
 
 LONGEST_LINE = 2_000  # a name in a data file may have a megabyte

@@ -37,7 +37,7 @@ from ssm_train.plot import plot_selection
 from ssm_train.preflight import prove_alive
 from ssm_train.record import WARMUP
 from ssm_train.resume import RunCheckpoints
-from ssm_train.runlog import RunLog
+from ssm_train.runlog import RunLog, show_batches
 from ssm_train.scaling import warn_of_parts
 from ssm_train.schedule import Schedule, plan_schedule
 from ssm_train.stop_flag import StopFlag
@@ -99,7 +99,9 @@ class Ready:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's part of optimizer step `step`."""
-        return make_batches(self.data["train"], self.order, self.cfg, step)
+        batches = make_batches(self.data["train"], self.order, self.cfg, step)
+        show_batches(batches)
+        return batches
 
     def examples(self) -> Iterator[Batch]:
         """The training examples in the order of training, one a batch; on every rank the same."""
@@ -322,8 +324,8 @@ def fit(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result:
         log.rates, log.rows.get("test") or log.rows.get("val", []),
         skipped_steps=state.skipped_steps, trouble=stage.trouble,
     )  # fmt: skip
-    with ready.engine.whole() as model:
-        if complete and distributed.is_main():  # rank 0
+    with ready.engine.for_writing() as model:
+        if complete and model is not None and distributed.is_main():
             result.exported = export_weights(
                 ready.run_dir, replace(ready.subject.prepared, model=model), ready.subject.method,
                 base_id=ready.base, revision=cfg.revision,

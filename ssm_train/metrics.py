@@ -1,14 +1,12 @@
-"""What is measured and where it goes: tokens/s, memory, metrics.jsonl, trackers, progress bar."""
+"""What is measured and where it goes: tokens/s, memory, metrics.jsonl, progress bar."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +14,9 @@ from typing import Any
 
 from pydantic import Field
 
+from ssm_train.durable import write_atomically, writing
 from ssm_train.errors import InputError
 from ssm_train.settings import Settings
-
-TRACKERS = ("tensorboard", "wandb", "trackio", "swanlab")
-"""Trackers that `trackers:` may name; each is a package of the same name."""
 
 LOSSES = ("loss", "perplexity")
 """Metrics of which less is better."""
@@ -75,18 +71,18 @@ class MetricsLog:
         if resume_step is not None and path.exists():
             rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
             self.kept = [row for row in rows if row.get("split") != "test"]
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(_line(row) for row in self.kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, "".join(_line(row) for row in self.kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, split: str, row: Row) -> None:
         assert "step" in row, row
-        self._file.write(_line({"split": split, **row}))
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(_line({"split": split, **row}))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):  # it tries again to write what could not be written
+            self._file.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -133,78 +129,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
-
-
-def check_trackers(names: Iterable[str]) -> None:
-    """Raises InputError with the install line for a tracker that is not installed."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"trackers: {', '.join(missing)} not installed; pip install {' '.join(missing)}"
-        )
-
-
-class Trackers:
-    """Accelerate's trackers, fed with the rows of `metrics.jsonl`; rank 0 only. One that fails gets
-    nothing more, and a line says so: training goes on, and `metrics.jsonl` has all rows."""
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        run_dir: Path,
-        run_name: str,
-        config: Mapping[str, Any],
-        say: Callable[[str], None] = print,
-    ) -> None:
-        """Starts them. TensorBoard and wandb write below `run_dir`."""
-        check_trackers(names)
-        self.say = say
-        self.trackers: dict[str, Any] = {}
-        if not names:
-            return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        options: dict[str, dict[str, Any]] = {
-            "tensorboard": {"run_name": run_name, "logging_dir": run_dir / "tensorboard"},
-            "wandb": {"run_name": "ssm_train", "name": run_name, "dir": str(run_dir)},
-            "trackio": {"run_name": "ssm_train", "name": run_name},
-            "swanlab": {"run_name": "ssm_train", "experiment_name": run_name},
-        }
-        flat = {k: v if isinstance(v, int | float) else str(v) for k, v in config.items()}
-        for name in names:
-            with self._unless_it_fails(name):
-                tracker = self.trackers[name] = LOGGER_TYPE_TO_CLASS[name](**options[name])
-                tracker.start()
-                tracker.store_init_configuration(flat)
-
-    def write(self, split: str, row: Row) -> None:
-        """Values named `train/loss`, `val/accuracy`, ... at the row's step."""
-        step = int(row["step"])
-        values = {
-            f"{split}/{key}": float(value)
-            for key, value in row.items()
-            if key != "step" and isinstance(value, int | float)
-        }
-        for name, tracker in list(self.trackers.items()):
-            with self._unless_it_fails(name):
-                tracker.log(values, step=step)
-
-    def finish(self) -> None:
-        for name, tracker in list(self.trackers.items()):
-            with self._unless_it_fails(name):
-                tracker.finish()
-
-    @contextmanager
-    def _unless_it_fails(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # of a service that is down, a disk that is full, ...
-            self.trackers.pop(name, None)
-            reason = str(error).partition("\n")[0]
-            self.say(
-                f"warning: tracker {name} failed ({type(error).__name__}: {reason}) and gets "
-                "nothing more; metrics.jsonl has all rows"
-            )
 
 
 class Progress:

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ssm_train import distributed
+
 
 def local(tensor: Tensor) -> Tensor:
     """What this process has of it; shares its memory."""
@@ -28,6 +30,17 @@ def like(parameter: Any, value: Tensor) -> Tensor:
         return value
     value = value.to(parameter.device)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
+def collect(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Copies on the CPU of rank 0, elsewhere nothing. All ranks: where the iteration makes a tensor
+    whole, one is at a time."""
+    kept: dict[str, Tensor] = {}
+    for name, tensor in named:
+        if distributed.is_main():
+            kept[name] = tensor.detach().to("cpu", copy=True)
+        del tensor
+    return kept
 
 
 def find_zeros(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssm_train.durable import writing
 from ssm_train.errors import InputError
 from ssm_train.metrics import read_metrics
 
@@ -47,7 +48,8 @@ def plot_metrics(run_dirs: Sequence[str | Path], out_png: str | Path) -> Path:
         unused.set_axis_off()
     out_png = Path(out_png)
     out_png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png, dpi=130)
+    with writing(out_png):
+        figure.savefig(out_png, dpi=130)
     return out_png
 
 
@@ -79,7 +81,8 @@ def plot_selection(selection: Selection, out_png: str | Path) -> Path:
     for panel in (moved, chosen):
         panel.set_ylabel("layer")
     chosen.set_xlabel("channel")
-    figure.savefig(out_png, dpi=130)
+    with writing(Path(out_png)):
+        figure.savefig(out_png, dpi=130)
     return Path(out_png)
 
 

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ssm_train.durable import remove, rename, sync, write_atomically, writing
 from ssm_train.errors import InputError
 from ssm_train.overrides import ENVIRONMENT
 from ssm_train.secrets import redact, redact_command
@@ -93,28 +94,43 @@ def create_run_directory(
     Of a run that goes on, the end that it had before is no longer its end. `new`: raises
     InputError where another process has made the directory since it was checked.
     """
-    if new and (run_dir / MARKER).exists():
-        raise InputError(
-            f"run directory {run_dir}: another process has started this run meanwhile; wait for "
-            "it, or choose another name"
-        )
-    if overwrite and (run_dir / MARKER).exists():
+    marker = run_dir / MARKER
+    if overwrite and marker.exists():
         if run_dir.is_symlink():
             raise InputError(
                 f"run directory {run_dir} is a symbolic link; --overwrite removes none"
             )
-        shutil.rmtree(run_dir)
+        for path in run_dir.iterdir():
+            if path != marker:  # a removal that is cut short leaves a run, which may be removed
+                remove(path)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / RESULT).unlink(missing_ok=True)
-    (run_dir / MARKER).write_text(config_yaml, encoding="utf-8")
-    (run_dir / FACTS_FILE).write_text(
-        json.dumps(describe_environment() | facts, indent=2) + "\n", encoding="utf-8"
-    )
+    if new:
+        create_marker(marker, config_yaml)
+    else:
+        write_atomically(marker, config_yaml)
+    facts = describe_environment() | facts
+    write_atomically(run_dir / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
+
+
+def create_marker(marker: Path, config_yaml: str) -> None:
+    """Raises InputError where there is one: of two processes one makes it."""
+    try:
+        with writing(marker), marker.open("x", encoding="utf-8") as file:
+            file.write(config_yaml)
+    except FileExistsError:
+        raise InputError(
+            f"run directory {marker.parent}: another process has started this run meanwhile; wait "
+            "for it, or choose another name"
+        ) from None
+    except OSError:
+        marker.unlink(missing_ok=True)
+        raise
 
 
 def record_peft(run_dir: Path, settings: Mapping[str, Any]) -> None:
     """Rank 0. Writes down the PEFT settings that a run is trained with."""
-    (run_dir / PEFT).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_atomically(run_dir / PEFT, json.dumps(settings, indent=2) + "\n")
 
 
 def recorded_peft(run_dir: Path) -> dict[str, Any] | None:
@@ -136,6 +152,22 @@ def check_peft(run_dir: Path, settings: Mapping[str, Any]) -> None:
     )
 
 
+def check_same_data(run_dir: Path, data: Mapping[str, Any]) -> None:
+    """Raises InputError where the training data are not those that the run began with."""
+    if not (run_dir / FACTS_FILE).is_file():
+        return
+    began = read_environment(run_dir).get("data")
+    if began in (None, data):
+        return
+    counts = [
+        f"{d.get('examples'):,} examples of {d.get('tokens'):,} tokens" for d in (began, data)
+    ]
+    raise InputError(
+        f"--resume: the training data were {counts[0]} when the run began and are others now, "
+        f"{counts[1]}; put them back, or start a new run for them"
+    )
+
+
 @contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
     """Rank 0. A directory to write in, which becomes `path` when all is written: no reader, and
@@ -143,15 +175,18 @@ def replace_directory(path: Path) -> Iterator[Path]:
     partial, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
+    with writing(path):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in (*partial.rglob("*"), partial):
+                sync(file)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if path.exists():
+            rename(path, old)
+        rename(partial, path)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ssm_train import checkpoint, distributed, snapshot
 from ssm_train.adapters.base import PeftMethod
 from ssm_train.checkpoint import CheckpointSettings, Group
+from ssm_train.durable import appears
 from ssm_train.engines.base import Engine
 from ssm_train.errors import InputError
 from ssm_train.loop import TrainState
@@ -84,7 +85,7 @@ class RunCheckpoints:
         }
         later = self.settings.async_save
         if distributed.is_main():
-            if later:
+            if later and not self.engine.copies_state:
                 tensors = self.copies = {
                     group: snapshot.copy_tensors(named, self.copies.get(group))
                     for group, named in tensors.items()
@@ -113,7 +114,10 @@ class RunCheckpoints:
             checkpoint.write_pointer(self.run_dir, "best", best)
         best = checkpoint.read_pointer(self.run_dir, "best")
         limit = self.settings.save_total_limit
-        checkpoint.prune(self.run_dir, limit, () if best is None else (best,))
+        try:
+            checkpoint.prune(self.run_dir, limit, () if best is None else (best,))
+        except OSError as error:  # what was saved counts
+            self.say(f"warning: an old checkpoint cannot be removed: {error}; remove it by hand")
 
     def finish(self) -> None:
         """All ranks. Waits for the save under way. Where it failed, all ranks raise InputError, or
@@ -153,9 +157,9 @@ class RunCheckpoints:
         if distributed.is_main():
             with suppress(OSError):  # the save meets it again
                 directory.mkdir(parents=True, exist_ok=True)
-        distributed.barrier()
-        seen = distributed.gather_objects([directory.is_dir()])
-        if seen[0] and not all(seen):
+        [made, *_] = distributed.gather_objects([directory.is_dir()])
+        seen = distributed.gather_objects([made and appears(directory)])
+        if made and not all(seen):
             blind = [rank for rank, sees in enumerate(seen) if not sees]
             raise InputError(
                 f"ranks {blind} of {len(seen)} do not see {directory}, which rank 0 has made; the "
@@ -164,11 +168,13 @@ class RunCheckpoints:
         self.shared = True
 
     def _changed_base(self) -> dict[str, Tensor]:
-        """All ranks. On the CPU, as an engine may take weights back; full fine-tuning has none, and
-        gathers none."""
-        if self.method is None:
+        """All ranks. For rank 0, on the CPU, as an engine may take weights back. Where there is
+        nothing, no weights are gathered."""
+        if self.method is None or not self.method.changes_base:
             return {}
-        with self.engine.whole() as model:
+        with self.engine.for_writing() as model:
+            if model is None or not distributed.is_main():
+                return {}
             return {name: t.detach().cpu() for name, t in self.method.changed_base(model).items()}
 
     def restore(self, found: checkpoint.Checkpoint) -> TrainState:
@@ -210,22 +216,28 @@ class RunCheckpoints:
 
 def find_resume_point(run_dir: Path) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     """All ranks. The newest checkpoint that verifies, and lines that say what was skipped or not
-    found. Rank 0 looks for it. Raises InputError where another rank cannot read it."""
+    found. Rank 0 looks for it. Raises InputError where another rank cannot read it, or where none
+    is whole and one cannot be read, which may pass."""
     found: list[tuple[Path | None, list[str]]] = []
     if distributed.is_main():
         found = [checkpoint.latest_checkpoint(run_dir)]
     [(path, skipped)] = distributed.gather_objects(found)
+    unreadable = [line for line in skipped if checkpoint.UNREADABLE in line]
+    if path is None and unreadable:
+        raise InputError(
+            f"checkpoint {run_dir.name}/{unreadable[0]}, and no other one is whole; make it "
+            "readable and resume again, or remove it to start from step 0"
+        )
     notes = [f"skipped a damaged checkpoint: {line}" for line in skipped]
     if path is None:
         none = "no checkpoint is whole" if skipped else "no checkpoint yet"
         return None, [*notes, f"{none}: starting from step 0"]
-    try:
-        point = checkpoint.load_checkpoint(path, rank=distributed.rank(), verify=False)
-    except FileNotFoundError:
+    if not appears(path / checkpoint.MANIFEST):
         raise InputError(
             f"rank {distributed.rank()} does not see {path}, from which rank 0 resumes; the run "
             "directory must be on a file system that all nodes share"
-        ) from None
+        )
+    point = checkpoint.load_checkpoint(path, rank=distributed.rank(), verify=False)
     check_state(point.state, path)
     return point, [*notes, f"resuming from {path.name}"]
 

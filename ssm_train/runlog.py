@@ -9,23 +9,37 @@ from pathlib import Path
 from typing import Any
 
 from ssm_train import distributed
+from ssm_train.adapters.base import Batch
 from ssm_train.evaluate import Row, write_predictions
-from ssm_train.metrics import MetricsLog, Progress, TokenRate, Trackers, peak_memory_gib
+from ssm_train.metrics import MetricsLog, Progress, TokenRate, peak_memory_gib
+from ssm_train.trackers import Trackers
 
 Observer = Callable[[Path, Mapping[str, Any]], None]
 """(directory of the stage, training row)."""
+BatchObserver = Callable[[list[Batch]], None]
 
 _observers: list[Observer] = []
+_batch_observers: list[BatchObserver] = []
 
 
 @contextmanager
-def observed(by: Observer) -> Iterator[None]:
-    """Inside, every training row is shown to `by`, on rank 0, once it is written."""
+def observed(by: Observer, batches: BatchObserver | None = None) -> Iterator[None]:
+    """Inside, every training row is shown to `by`, on rank 0, once it is written; and this rank's
+    batches of every step to `batches`, before it."""
+    seen = [] if batches is None else [batches]
     _observers.append(by)
+    _batch_observers.extend(seen)
     try:
         yield
     finally:
         _observers.remove(by)
+        for observer in seen:
+            _batch_observers.remove(observer)
+
+
+def show_batches(batches: list[Batch]) -> None:
+    for look in _batch_observers:
+        look(batches)
 
 
 class RunLog:
@@ -56,7 +70,7 @@ class RunLog:
             for row in self.file.kept:
                 if row["step"] == 0:
                     self.before = read_values(row)
-            self.trackers = Trackers(trackers, run_dir, name, config, bar.say)
+            self.trackers = Trackers(trackers, run_dir, name, config, bar.say, step)
 
     def trained(self, row: dict[str, float]) -> None:
         """A row of the loop."""

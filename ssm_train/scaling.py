@@ -152,6 +152,9 @@ class Part:
     gathered: float = 0.0
     scattered: float = 0.0
     """By reduce-scatter."""
+    whole: float = 0.0
+    """Of an engine that holds weights in parts: the model that each GPU gathers to evaluate it,
+    when gradients and buffers are gone."""
 
     @property
     def fixed(self) -> float:
@@ -215,6 +218,7 @@ def divide_by_fsdp(model: Model, processes: int, micro_batches: int) -> Part:
         reduced=model.odd.trained,
         gathered=micro_batches * (2 * parts.all - model.root.all),
         scattered=parts.trained,
+        whole=parts.all + model.copies,
     )
 
 
@@ -231,6 +235,7 @@ def divide_by_zero_3(model: Model, processes: int, micro_batches: int) -> Part:
         buffers=here * parts.all + 2 * bucket + model.copies,
         gathered=micro_batches * (parts.all + again + model.tied) + model.small.all,
         scattered=micro_batches * model.all.trained,
+        whole=parts.all + model.copies,
     )
 
 
@@ -258,9 +263,11 @@ class Outlook:
     """Of each engine, the simplest first."""
 
     def peak(self, part: Part) -> float:
-        """Bytes, with what layers keep for a row and the logits."""
+        """Bytes: in training with what layers keep for a row and the logits, or in an evaluation
+        where that takes more."""
         plan = self.plan
-        return part.fixed + plan.tokens * (plan.per_token + plan.recomputed) + plan.logits
+        step = part.fixed + plan.tokens * (plan.per_token + plan.recomputed) + plan.logits
+        return max(step, part.weights + part.optimizer + part.whole)
 
     def fits(self, part: Part) -> bool:
         return self.peak(part) <= ROOM * self.cluster.memory

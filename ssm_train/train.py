@@ -44,13 +44,13 @@ from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
 from ssm_train.data.fingerprint import fingerprint
 from ssm_train.data.sources import check_data
+from ssm_train.durable import writing
 from ssm_train.ending import hear_others
 from ssm_train.engines import build_engine
 from ssm_train.engines.zero_config import Numbers
 from ssm_train.errors import InputError
 from ssm_train.fit import Ready, fit, tell_compiling, warm_up
 from ssm_train.lock import check_free, own
-from ssm_train.metrics import check_trackers
 from ssm_train.optim import lr_at
 from ssm_train.peft.coverage import measure_coverage
 from ssm_train.peft.sd_lora import SdLoraMethod
@@ -62,14 +62,17 @@ from ssm_train.record import (
     WARMUP,
     check_peft,
     check_run_directory,
+    check_same_data,
     create_run_directory,
     differing_facts,
     read_environment,
     record_peft,
+    replace_directory,
 )
 from ssm_train.resume import find_resume_point
 from ssm_train.revisions import hub_commits
 from ssm_train.summary import Result
+from ssm_train.trackers import check_trackers
 
 
 def run(
@@ -93,7 +96,7 @@ def run(
     main = os.environ.get("RANK", "0") == "0"  # asked before the processes know each other
     if main and not cfg.lock:
         check_free(run_dir)
-    with own(run_dir) if cfg.lock and main else nullcontext():
+    with writing(run_dir), own(run_dir) if cfg.lock and main else nullcontext():
         return run_in(run_dir, cfg, provenance, given, repeats)
 
 
@@ -123,13 +126,13 @@ def run_in(
         return unfinished
     ready = get_ready(run_dir, cfg, splits, peft, given)
     claim_directory(ready, peft)
-    lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
-    lines += [*changes, *ready.notes]
-    if repeats is not None:
-        differing = differing_facts(read_environment(repeats), read_environment(run_dir))
-        lines += [f"unlike {repeats}: {line}" for line in differing]
-    result = None
     with ready.stop, hear_others():
+        lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
+        lines += [*changes, *ready.notes]
+        if repeats is not None:
+            differing = differing_facts(read_environment(repeats), read_environment(run_dir))
+            lines += [f"unlike {repeats}: {line}" for line in differing]
+        result = None
         if ready.warms_up:
             result = warm_up(ready, main_metric, lines)
             lines = [*ready.notes, str(measure_coverage(ready.subject.prepared.model))]
@@ -240,27 +243,34 @@ def check_warmup(cfg: RunConfig, warmup_steps: int, total_steps: int) -> None:
 
 def claim_directory(ready: Ready, peft: PeftSpec | None) -> None:
     """All ranks. Rank 0 makes the run directory; what can be mended was found before."""
+    claim = partial(write_record, ready, peft)
+    distributed.work_together(claim if distributed.is_main() else None)
+
+
+def write_record(ready: Ready, peft: PeftSpec | None) -> None:
+    """Rank 0."""
     run_dir, cfg = ready.run_dir, ready.cfg
-    if distributed.is_main():  # rank 0
-        new = not (cfg.resume or cfg.overwrite)
-        create_run_directory(
-            run_dir, dump_yaml(cfg), overwrite=cfg.overwrite, new=new,
-            engine=ready.engine.name, processes=distributed.world_size(),
-            device=str(ready.engine.device), data=fingerprint(ready.data["train"]),
-            hub_commits=hub_commits(
-                cfg, ready.data, ready.base, cfg.revision,
-                ready.subject.prepared.tokenizer.name_or_path,
-            ),
-        )  # fmt: skip
-        if peft:
-            record_peft(run_dir, peft.dump())
-        if cfg.model is not None:
-            record_base(run_dir, str(ready.base))
-        if isinstance(cfg.tokenizer, dict):  # built from the training data
-            ready.subject.prepared.tokenizer.save_pretrained(run_dir / "tokenizer")
-        if ready.subject.method and ready.base is None:
-            ready.base = str(keep_new_base(cfg, run_dir))
-    distributed.barrier()
+    data = fingerprint(ready.data["train"])
+    if cfg.resume:
+        check_same_data(run_dir, data)
+    create_run_directory(
+        run_dir, dump_yaml(cfg), overwrite=cfg.overwrite, new=not (cfg.resume or cfg.overwrite),
+        engine=ready.engine.name, processes=distributed.world_size(),
+        device=str(ready.engine.device), data=data,
+        hub_commits=hub_commits(
+            cfg, ready.data, ready.base, cfg.revision,
+            ready.subject.prepared.tokenizer.name_or_path,
+        ),
+    )  # fmt: skip
+    if peft:
+        record_peft(run_dir, peft.dump())
+    if cfg.model is not None:
+        record_base(run_dir, str(ready.base))
+    if isinstance(cfg.tokenizer, dict):  # built from the training data
+        with replace_directory(run_dir / "tokenizer") as directory:
+            ready.subject.prepared.tokenizer.save_pretrained(directory)
+    if ready.subject.method and ready.base is None:
+        ready.base = str(keep_new_base(cfg, run_dir))
 
 
 def train_base(cfg: RunConfig) -> Result | None:

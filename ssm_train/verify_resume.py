@@ -1,5 +1,6 @@
 """Proof, on a config of the user's, that a run which is killed and resumed is the run that was not.
-Each part of it is a process of its own, which kills itself in the step after a checkpoint.
+Each part of it is a process of its own, or one of every rank that a launcher started, which is
+killed in the step after a checkpoint.
 """
 
 from __future__ import annotations
@@ -10,24 +11,24 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from ssm_train import assemble, fit
 from ssm_train.adapters.base import Batch
 from ssm_train.bases import base_run
-from ssm_train.checkpoint import checkpoint_path, load_checkpoint
+from ssm_train.checkpoint import checkpoint_path, load_checkpoint, read_rng
 from ssm_train.config import RunConfig, dump_yaml, load_config, run_directory
 from ssm_train.errors import InputError
+from ssm_train.launched import Launched
 from ssm_train.metrics import read_metrics
 from ssm_train.peft.spec import TWO_STAGES, load_peft
 from ssm_train.record import WARMUP
@@ -56,13 +57,31 @@ class Point:
         return f"step {self.step}" + (" of the warm-up" if self.where == WARMUP else "")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trail:
-    """What a run left behind."""
+    """What a run leaves in its directory, for rank 0 to read."""
 
+    place: Path
     run_dir: Path
-    rows: list[dict[str, Any]]
-    """Of every step, in order: part, where, step, loss, grad_norm, examples, tokens."""
+
+    @property
+    def config(self) -> Path:
+        return self.place / "run.yaml"
+
+    @property
+    def trace(self) -> Path:
+        return self.place / "trace.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What all ranks say."""
+        return self.place / "log.txt"
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """Of every step, in order: part, where, step, loss, grad_norm; examples and tokens of rank
+        0."""
+        return [json.loads(line) for line in self.trace.read_text(encoding="utf-8").splitlines()]
 
 
 def verify(
@@ -71,29 +90,32 @@ def verify(
     say: Callable[[str], None],
     meanwhile: Callable[[Path], None] = lambda run_dir: None,
 ) -> str | None:
-    """The first difference in words, or None. `meanwhile`: called with the run directory whenever
-    the run is dead. Raises InputError for a run that does not begin, or is too short."""
+    """All ranks of a launch. The first difference in words, or None. `say` and `meanwhile`, which
+    gets the run directory whenever the run is dead, are called on rank 0. Raises InputError for a
+    run that does not begin, or is too short."""
     base = base_run(cfg)
     if base is not None and not (base / "model" / "config.json").is_file():
         raise InputError(f"model: train the base first: ssm-train train --cfg {cfg.model}")
-    with TemporaryDirectory(prefix="ssm_train_verify_") as directory:
-        place = Path(directory)
+    ranks = Launched()
+    with TemporaryDirectory(prefix="ssm_train_verify_") if ranks.main else nullcontext("") as made:
+        place = Path(ranks.agree(made))
         part = -(-steps // PARTS)
         while True:
             points, prepared = plan_points(cfg, part)
             began = time.monotonic()
-            whole = follow(prepared, place / f"whole-{part}", points[-1:])
-            reached = whole.rows[-1]["step"]
+            whole = follow(prepared, place / f"whole-{part}", points[-1:], ranks)
+            reached = int(ranks.agree(str(whole.rows[-1]["step"] if ranks.main else "")))
             if reached >= points[-1].step:
                 break
             if reached < PARTS:
                 raise InputError(f"the run has {reached} steps, which cannot be stopped twice")
             part = reached // PARTS
         say(f"{points[-1]} reached in one go, {time.monotonic() - began:.0f} s")
-        stopped = follow(prepared, place / "stopped", points, meanwhile)
+        stopped = follow(prepared, place / "stopped", points, ranks, meanwhile)
         stops = " and ".join(str(point) for point in points[:-1])
         say(f"{points[-1]} reached again, killed after {stops} and resumed")
-        return first_difference(whole, stopped, points)
+        difference = first_difference(whole, stopped, points) if ranks.main else None
+        return ranks.agree(difference or "") or None
 
 
 def plan_points(cfg: RunConfig, part: int) -> tuple[list[Point], RunConfig]:
@@ -119,50 +141,57 @@ def follow(
     cfg: RunConfig,
     place: Path,
     points: list[Point],
+    ranks: Launched,
     meanwhile: Callable[[Path], None] = lambda run_dir: None,
 ) -> Trail:
     """A run below `place`, killed after each of the points and resumed but for the last."""
-    place.mkdir()
     cfg = cfg.model_copy(update={"output_root": str(place)})
-    config, trace, log = (place / name for name in ("run.yaml", "trace.jsonl", "log.txt"))
-    config.write_text(dump_yaml(cfg), encoding="utf-8")
+    trail = Trail(place, run_directory(cfg))
+    if ranks.main:
+        place.mkdir()
+        trail.config.write_text(dump_yaml(cfg), encoding="utf-8")
     # Processes are forked from one that has imported most and holds no GPU, as fla would.
     # That they leave semaphores when they are killed is no news.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
     context = get_context("forkserver")
     context.set_forkserver_preload(CPU_MODULES if cfg.device == "cpu" else CPU_MODULES[:1])
     for i, point in enumerate(points):
+        variables = ranks.meet()
         process = context.Process(
-            target=train_and_die, args=(config, trace, log, i, point), daemon=True
+            target=train_and_die, args=(trail, i, point, variables), daemon=True
         )
         process.start()
-        process.join()
-        if process.exitcode not in (0, -signal.SIGKILL):
-            said = log.read_text(encoding="utf-8").rstrip()
-            if process.exitcode == 2:
+        code = ranks.await_end(process)
+        if code not in (0, -signal.SIGKILL):
+            said = ranks.agree(trail.log.read_text(encoding="utf-8").rstrip() if ranks.main else "")
+            if code == 2:
                 raise InputError(said.splitlines()[-1])
-            raise RuntimeError(f"the run ended with exit code {process.exitcode}:\n{said}")
-        if i < len(points) - 1:
-            meanwhile(run_directory(cfg))
-    lines = trace.read_text(encoding="utf-8").splitlines()
-    return Trail(run_directory(cfg), [json.loads(line) for line in lines])
+            raise RuntimeError(f"the run ended with exit code {code}:\n{said}")
+        if ranks.main and i < len(points) - 1:
+            meanwhile(trail.run_dir)
+    return trail
 
 
 # ---------------------------------------------------------------- in a process of its own
 
 
-def train_and_die(config: Path, trace: Path, log: Path, part: int, point: Point) -> None:
-    """Trains, or goes on, and kills itself in the step after `point`, once that one is saved."""
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def train_and_die(trail: Trail, part: int, point: Point, variables: Mapping[str, str]) -> None:
+    """Trains, or goes on; rank 0 kills itself in the step after `point`, once that one is saved."""
+    os.environ.update(variables)
+    out = os.open(trail.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(out, stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
-    cfg, provenance = load_config(config, {"resume": "true"})
+    cfg, provenance = load_config(trail.config, {"resume": "true"})
     if cfg.device != "cpu" and torch.cuda.is_available():
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS's way to be deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with batches_seen() as batches, trace.open("a", encoding="utf-8") as file:
+        with trail.trace.open("a", encoding="utf-8") as file:
+            batches: list[Batch] = []  # those of the step whose row is logged next
+
+            def keep(made: list[Batch]) -> None:
+                batches[:] = made
 
             def look(stage_dir: Path, row: Mapping[str, Any]) -> None:
                 where = WARMUP if stage_dir.name == WARMUP else ""
@@ -174,24 +203,11 @@ def train_and_die(config: Path, trace: Path, log: Path, part: int, point: Point)
                     await_checkpoint(checkpoint_path(stage_dir, point.step))
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            with observed(look):
-                run(cfg, provenance, config)
+            with observed(look, keep):
+                run(cfg, provenance, trail.config)
     except InputError as error:
         sys.stdout.write(f"{error}\n")
         sys.exit(2)
-
-
-@contextmanager
-def batches_seen() -> Iterator[list[Batch]]:
-    """The batches that were made last: those of the step whose row is logged next."""
-    latest: list[Batch] = []
-
-    def make_batches(*given: Any) -> list[Batch]:
-        latest[:] = assemble.make_batches(*given)
-        return list(latest)
-
-    with patch.object(fit, "make_batches", make_batches):
-        yield latest
 
 
 def describe_batches(batches: list[Batch]) -> dict[str, Any]:
@@ -252,10 +268,8 @@ def compare_rows(row: Mapping[str, Any], other: Mapping[str, Any]) -> str | None
 
 
 def compare_checkpoints(whole: Trail, stopped: Trail, point: Point) -> str | None:
-    a, b = (
-        load_checkpoint(checkpoint_path(trail.run_dir / point.where, point.step))
-        for trail in (whole, stopped)
-    )
+    paths = [checkpoint_path(t.run_dir / point.where, point.step) for t in (whole, stopped)]
+    a, b = (load_checkpoint(path) for path in paths)
     for group in sorted({*a.tensors, *b.tensors}, key=list(GROUPS).index):
         ours, theirs = a.tensors.get(group, {}), b.tensors.get(group, {})
         for name in {**ours, **theirs}:
@@ -264,10 +278,11 @@ def compare_checkpoints(whole: Trail, stopped: Trail, point: Point) -> str | Non
             if not same_bits(ours[name], theirs[name]):
                 off = (ours[name].double() - theirs[name].double()).abs().max()
                 return f"{GROUPS[group]} {name} differs by up to {off:.3g}"
-    assert a.rng is not None and b.rng is not None
-    for name, whose in STREAMS.items():
-        if a.rng[name] != b.rng[name]:
-            return f"random state: {whose} differs"
+    for rank in range(a.world_size):
+        ours, theirs = (read_rng(path, rank) for path in paths)
+        for name, whose in STREAMS.items():
+            if ours[name] != theirs[name]:
+                return f"random state: {whose} differs" + (f" on rank {rank}" if rank else "")
     for key in {**a.state, **b.state}:
         if json.dumps(a.state.get(key)) != json.dumps(b.state.get(key)):
             return f"progress: {key} is {a.state.get(key)} in one go, else {b.state.get(key)}"

@@ -211,6 +211,11 @@ class PeftMethod(Protocol):
         """("train",), or ("warmup", "train")."""
         ...
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether `changed_base` may give anything; the same on all ranks."""
+        ...
+
     def changed_base(self, model: nn.Module) -> dict[str, Tensor]:
         """What `inject` or `calibrate` changed or must remember of the base, for checkpoints."""
         ...

@@ -6,6 +6,8 @@ Loss is on the learnt segments only; which tokens those are is kept by position,
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 import numpy as np
@@ -319,7 +321,17 @@ _encoder: Encoder | None = None  # set once in each tokenizing process
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process already has its core
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the main process ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = encoder
+
+
+def _end_with_parent() -> None:
+    """Else a process whose parent was killed waits for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(piece: list[Placed]) -> Chunk:

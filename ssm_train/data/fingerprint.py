@@ -18,15 +18,19 @@ def fingerprint(dataset: TokenizedDataset) -> dict[str, Any]:
     of all, or of evenly spread ones where there are more than `ALL_TOKENS`."""
     lengths = dataset.lengths
     tokens = int(lengths.sum())
-    number = len(lengths) if tokens <= ALL_TOKENS else min(SAMPLED, len(lengths))
     content = hashlib.sha256(lengths.tobytes())
-    if number:
-        examples = np.linspace(0, len(lengths) - 1, number).astype(np.int64)
-        for part in dataset.join(examples):
-            content.update(part.tobytes())
+    if tokens <= ALL_TOKENS:
+        hashed = "all tokens"
+        parts = [*(c.ids for c in dataset.chunks), *(c.learnt for c in dataset.chunks)]
+    else:
+        number = min(SAMPLED, len(lengths))
+        hashed = f"lengths, {number:,} examples"
+        parts = [*dataset.join(np.linspace(0, len(lengths) - 1, number).astype(np.int64))]
+    for part in parts:
+        content.update(part.tobytes())
     return {
         "examples": len(lengths),
         "tokens": tokens,
         "sha256": content.hexdigest(),
-        "hashed": "all tokens" if number == len(lengths) else f"lengths, {number:,} examples",
+        "hashed": hashed,
     }

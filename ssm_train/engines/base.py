@@ -32,6 +32,9 @@ class Engine(Protocol):
     "meta" elsewhere (`adapters.base.ModelSpec.place`); None: on `device`, all of them."""
     keeps_gradients: bool
     """Whether `step` can leave gradients where they are, as CUDA graphs need it."""
+    copies_state: bool
+    """Whether `trained` and `optimizer_state` give copies, on the CPU of rank 0 and nothing on
+    other ranks; else every rank gets the tensors that training changes."""
     shards_weights: bool
     """Whether a process holds a part of the weights only, so that each forward is collective."""
 
@@ -56,11 +59,14 @@ class Engine(Protocol):
         """
 
     def whole(self) -> AbstractContextManager[nn.Module]:
-        """The model with all its weights on this process, to evaluate or to write it; what is
+        """The model with all its weights on the device of every process, to evaluate it; what is
         changed in it is lost."""
 
+    def for_writing(self) -> AbstractContextManager[nn.Module | None]:
+        """The same on rank 0, where it may be on the CPU; on other ranks there may be none."""
+
     def trained(self) -> dict[str, Tensor]:
-        """The trained parameters by name, whole; fp32 as they are stored."""
+        """The trained parameters by name, whole; fp32 as they are stored. See `copies_state`."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """`<parameter name>.<exp_avg | exp_avg_sq | step>`, whole."""

@@ -17,7 +17,7 @@ from ssm_train.engines import dealing
 from ssm_train.engines.base import MakeOptimizer
 from ssm_train.engines.hollow import HollowModel
 from ssm_train.engines.replicated import average
-from ssm_train.parts import full, like, local
+from ssm_train.parts import collect, full, like, local
 
 
 class Fsdp:
@@ -25,7 +25,8 @@ class Fsdp:
     adapters and step sizes of a bf16 base, stays whole on every process: a group that is gathered
     together may not mix them."""
 
-    name, shards_weights, keeps_gradients, scaler = "FSDP2", True, False, None
+    name, scaler = "FSDP2", None
+    shards_weights, copies_state, keeps_gradients = True, True, False
     model: Any
     optimizer: Any
 
@@ -97,12 +98,19 @@ class Fsdp:
 
     # ------------------------------------------------------------ checkpoints
 
+    @contextmanager
+    def for_writing(self) -> Iterator[nn.Module | None]:
+        assert self.hollow is not None
+        tensors = collect((name, full(p)) for name, p in self.bare.named_parameters())
+        yield self.hollow.fill(tensors) if tensors else None
+        self.hollow.drain()
+
     def trained(self) -> dict[str, Tensor]:
-        return {name: full(p) for name, p in self.named.items()}
+        return collect((name, full(p)) for name, p in self.named.items())
 
     def optimizer_state(self) -> dict[str, Tensor]:
         named = snapshot.optimizer_tensors(self.optimizer, self.named.items())
-        return {name: full(value) for name, value in named.items()}
+        return collect((name, full(value)) for name, value in named.items())
 
     def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
         snapshot.check_parameters(tensors, {n: p.shape for n, p in self.named.items()})

@@ -26,7 +26,7 @@ class Replicated:
     """See `engines.base.Engine`."""
 
     place: str | None = None
-    shards_weights = False
+    shards_weights, copies_state = False, False
     model: nn.Module
     optimizer: Any
 
@@ -77,6 +77,8 @@ class Replicated:
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
         yield self.bare
+
+    for_writing = whole
 
     def trained(self) -> dict[str, Tensor]:
         return snapshot.trainable_tensors(self.bare)

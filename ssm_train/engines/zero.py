@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +22,18 @@ from ssm_train.engines.base import MakeOptimizer
 from ssm_train.engines.hollow import HollowModel
 from ssm_train.engines.zero_config import fill_sizes
 from ssm_train.errors import InputError
+from ssm_train.parts import collect
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SECONDS_TO_BUILD = 600
+"""Of an extension, which takes a minute or two."""
 
 
 class Zero:
     """See `engines.base.Engine`. Trained parameters are fp32, and so are all sums: DeepSpeed's own
     mixed precision stays off, as it would round every weight."""
 
-    keeps_gradients, scaler = False, None
+    keeps_gradients, copies_state, scaler = False, True, None
     model: Any  # DeepSpeed's engine
     optimizer: Any
 
@@ -56,6 +61,9 @@ class Zero:
         return copy
 
     def prepare(self, bare: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        await_build(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
         deepspeed = load_deepspeed(self.device)
         self.bare = bare
         self.hollow = HollowModel(bare) if self.shards_weights else None
@@ -118,7 +126,7 @@ class Zero:
         if self.hollow is None:
             yield self.bare
             return
-        with self._gathered():
+        with self._gathered(self.bare.parameters()):
             model = self.hollow.fill({n: p.data for n, p in self.bare.named_parameters()})
             try:
                 yield model
@@ -127,10 +135,24 @@ class Zero:
 
     # ------------------------------------------------------------ checkpoints
 
+    @contextmanager
+    def for_writing(self) -> Iterator[nn.Module | None]:
+        if self.hollow is None:
+            yield self.bare
+            return
+        tensors = collect(self._one_by_one())
+        yield self.hollow.fill(tensors) if tensors else None
+        self.hollow.drain()
+
+    def _one_by_one(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.bare.named_parameters():
+            with self._gathered([parameter]):
+                yield name, parameter.data
+
     def trained(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {name: safe_get_full_fp32_param(p) for name, p in self.named.items()}
+        return collect((name, safe_get_full_fp32_param(p)) for name, p in self.named.items())
 
     def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -139,12 +161,14 @@ class Zero:
             return {}
         self._link_states()
         steps = next(iter(self._base.state.values()))["step"]
-        found: dict[str, Tensor] = {}
-        for name, parameter in self.named.items():
-            for key in MOMENTS:
-                found[f"{name}.{key}"] = safe_get_full_optimizer_state(parameter, key)
-            found[f"{name}.step"] = steps.clone()
-        return found
+
+        def states() -> Iterator[tuple[str, Tensor]]:
+            for name, parameter in self.named.items():
+                for key in MOMENTS:
+                    yield f"{name}.{key}", safe_get_full_optimizer_state(parameter, key)
+                yield f"{name}.step", steps
+
+        return collect(states())
 
     def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
         snapshot.check_parameters(tensors, {n: shape_of(p) for n, p in self.named.items()})
@@ -175,16 +199,16 @@ class Zero:
         model = self.bare
         del model.forward  # type: ignore[method-assign]
         if self.hollow is not None:
-            with self._gathered():
+            with self._gathered(self.bare.parameters()):
                 weights = {n: p.data.clone() for n, p in self.bare.named_parameters()}
             model = self.hollow.fill(weights)
         self.model.destroy()
         del self.model, self.optimizer, self.bare, self.named
         return model
 
-    def _gathered(self) -> AbstractContextManager[Any]:
+    def _gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
         deepspeed = load_deepspeed(self.device)
-        return deepspeed.zero.GatheredParameters(list(self.bare.parameters()))
+        return deepspeed.zero.GatheredParameters(list(parameters))
 
     @property
     def _base(self) -> Any:
@@ -233,6 +257,19 @@ def copy_part(part: Tensor, value: Tensor) -> None:
 
 def shape_of(parameter: Any) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def await_build(directory: Path) -> None:
+    """Until no other process builds an extension of DeepSpeed there. Raises InputError for a lock
+    that one has left which was killed: torch would wait for it for ever."""
+    for lock in directory.rglob("deepspeed_*/lock"):
+        with suppress(FileNotFoundError):
+            while (age := time.time() - lock.stat().st_mtime) < SECONDS_TO_BUILD:
+                time.sleep(0.2)
+            raise InputError(
+                f"{lock} says since {age / 60:.0f} minutes that an extension of DeepSpeed is being "
+                "built; remove it if no process does, as one that was killed leaves it"
+            )
 
 
 def load_deepspeed(device: torch.device) -> Any:

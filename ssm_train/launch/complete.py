@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ssm_train.errors import InputError
-from ssm_train.record import MARKER, RESULT
+from ssm_train.record import MARKER, RESULT, read_environment, recorded_peft
 
 COMPLETE = ("finished", "low_metric")
 
@@ -18,6 +18,7 @@ def find_complete_run(config: Path, environment: Mapping[str, str]) -> tuple[Pat
     (None, why it has to run)."""
     from ssm_train.bases import differing_keys
     from ssm_train.config import load_config, run_directory
+    from ssm_train.peft.spec import load_peft
 
     try:
         cfg, _ = load_config(config, environment=environment)
@@ -29,12 +30,13 @@ def find_complete_run(config: Path, environment: Mapping[str, str]) -> tuple[Pat
         if outcome not in COMPLETE:
             return None, f"{run_dir} is not complete (outcome: {outcome})"
         changed = differing_keys(load_config(marker)[0], cfg)
+        peft = load_peft(cfg.peft, cfg.peft_overrides.given())
     except InputError as error:
         return None, str(error)
     if changed:
         return None, f"{run_dir} differs in {', '.join(changed)}"
-    if isinstance(cfg.peft, str) and is_newer(Path(cfg.peft), marker):
-        return None, f"{cfg.peft} was changed after {run_dir} was made"
+    if peft is not None and recorded_peft(run_dir) != json.loads(json.dumps(peft.dump())):
+        return None, f"{run_dir} was trained with other PEFT settings than {cfg.peft} has now"
     return run_dir, ""
 
 
@@ -47,28 +49,32 @@ def read_outcome(run_dir: Path) -> str | None:
     return result.get("outcome") if isinstance(result, dict) else None
 
 
-def is_newer(path: Path, other: Path) -> bool:
-    return path.is_file() and path.stat().st_mtime > other.stat().st_mtime
+def was_started_with(run_dir: Path, config: Path) -> bool:
+    """Whether a run's record has this config in its command. That of a suite's job is a copy whose
+    place no other suite has had."""
+    try:
+        return str(config) in read_environment(run_dir)["command"]
+    except (InputError, ValueError, KeyError):
+        return False
 
 
-def report_suite(runs: Sequence[tuple[Path, Mapping[str, str], float]], out: Path) -> str | None:
-    """The table of the runs of (config, variables, since), also written to `out`.txt, .csv and
-    .png, or a line that says why there is none; None without a run.
+def report_suite(runs: Sequence[tuple[Path, Mapping[str, str], bool]], out: Path) -> str | None:
+    """The table of the runs of (config, variables, whether it was started here), also written to
+    `out`.txt, .csv and .png, or a line that says why there is none; None without a run.
 
-    A run counts when its record was written after `since` (seconds since the epoch): what an
-    earlier suite left in the directory of a job that failed at once is not a result of this one.
+    What an earlier suite left in the directory of a job that failed at once is not a result of
+    this one.
     """
     from ssm_train.config import load_config, run_directory
     from ssm_train.report import report_runs
 
     found = []
-    for config, environment, since in runs:
+    for config, environment, here in runs:
         try:
             run_dir = run_directory(load_config(config, environment=environment)[0], config)
         except InputError:  # the job's log says what is wrong with its config
             continue
-        marker = run_dir / MARKER
-        if marker.is_file() and marker.stat().st_mtime >= since:
+        if (run_dir / MARKER).is_file() and (not here or was_started_with(run_dir, config)):
             found.append(run_dir)
     try:
         return report_runs(found, out) if found else None

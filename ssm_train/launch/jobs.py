@@ -41,7 +41,7 @@ class Started:
     job: Job
     process: subprocess.Popen[bytes]
     began: float
-    """Seconds since the epoch."""
+    """By `time.monotonic`."""
 
 
 def start_job(job: Job, python: str) -> Started:
@@ -56,7 +56,7 @@ def start_job(job: Job, python: str) -> Started:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Started(job, process, time.time())
+    return Started(job, process, time.monotonic())
 
 
 def wait_for_jobs(running: Sequence[Started], interrupt: Interrupt) -> Iterator[Started]:

@@ -72,8 +72,10 @@ def make_jobs(plan: Plan, configs: Sequence[str], directory: Path) -> list[Job]:
 
 
 def copy_config(source: Path, directory: Path, data: str) -> tuple[Path, str]:
-    """(a copy under the same name, with `data` unless that is empty; the data in it)."""
-    values = dict(read_document(source).values)
+    """(a copy under the same name, with `data` unless that is empty; the data in it). Jobs lock
+    their directories, unless the config says otherwise: another suite may want the same ones."""
+    values = {**read_document(source).values}
+    values.setdefault("lock", True)
     if data:
         values["data"] = data
     copy = directory / source.name
@@ -96,19 +98,19 @@ def run_suite(plan: Plan, rounds: dict[int, list[Job]], interrupt: Interrupt) ->
     for config in plan.repeated:
         say(f"{config} stands more than once in suite {plan.suite}; it runs once")
     completed: list[int] = []
-    present: list[tuple[Job, float]] = []
+    present: list[tuple[Job, bool]] = []
     outcome: Outcome = "done"
     for number, jobs in rounds.items():
         if plan.skip_done:
             jobs, complete = leave_out_complete(jobs)
-            present += [(job, 0.0) for job in complete]
+            present += [(job, False) for job in complete]
         outcome, started = run_round(plan, number, jobs, interrupt)
-        present += [(one.job, one.began) for one in started]
+        present += [(one.job, True) for one in started]
         if outcome != "done":
             break
         completed.append(number)
     if outcome != "interrupted":
-        runs = [(job.copy, job.environment, since) for job, since in present]
+        runs = [(job.copy, job.environment, here) for job, here in present]
         if table := report_suite(runs, plan.log_dir / "report"):
             say(table)
     if outcome == "done":
@@ -189,7 +191,7 @@ def print_header(plan: Plan, number: int, n_jobs: int) -> None:
 def print_end(started: Started, interrupted: bool) -> None:
     """One line for a job that ended, and the end of its log where it failed."""
     job = started.job
-    took = clock(time.time() - started.began)
+    took = clock(time.monotonic() - started.began)
     say(f"{label(job)}  {describe_end(started, interrupted)} in {took}")
     if started.process.returncode and not interrupted:
         say(f"  the end of {job.log}:")

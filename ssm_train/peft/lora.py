@@ -201,6 +201,10 @@ class LoraMethod:
     def stages(self) -> tuple[str, ...]:
         return ("train",)
 
+    @property
+    def changes_base(self) -> bool:
+        return self.settings.changes_base
+
     def changed_base(self, model: nn.Module) -> dict[str, Tensor]:
         """The base weights that gave a part away, and the factors that took it, as they began."""
         if not self.initial:

@@ -159,6 +159,10 @@ class SdLoraMethod(OwnMethod):
         if selection is not None:
             give_selection(prepared.model, selection)
 
+    @property
+    def changes_base(self) -> bool:
+        return True
+
     def changed_base(self, model: nn.Module) -> dict[str, Tensor]:
         """The choice, for checkpoints of the second stage: `<module>.<index>` -> int64."""
         return {

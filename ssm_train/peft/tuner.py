@@ -174,6 +174,10 @@ class OwnMethod:
     def stages(self) -> tuple[str, ...]:
         return ("train",)
 
+    @property
+    def changes_base(self) -> bool:
+        return False
+
     def changed_base(self, model: nn.Module) -> dict[str, Tensor]:
         """Nothing: the base stays as it is."""
         return {}

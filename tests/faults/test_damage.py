@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from kills import CASES, DAMAGES, Damage, Saved, delete, flip_a_bit, save_two, s
 from tiny_runs import LORA, assert_same_run, stop_in_step, train, write_config
 
 from ssm_train.checkpoint import MANIFEST, checkpoint_path, find_damage, latest_checkpoint, prune
+from ssm_train.errors import InputError
 from ssm_train.resume import find_resume_point
 
 FILES = {
@@ -162,3 +164,18 @@ def test_where_all_are_damaged_the_run_begins_again_and_says_so(saved: Saved) ->
         "skipped a damaged checkpoint: step-00000001: state.json is missing",
         "no checkpoint is whole: starting from step 0",
     ]
+
+
+def test_where_none_can_be_read_the_run_does_not_begin_again(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the disk may pass; to begin again would write over what is there."""
+    run_dir = saved.copy("unreadable")
+    spoil(checkpoint_path(run_dir, 1) / "state.json", delete, 0)
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("ssm_train.checkpoint.digest", fail)
+    with pytest.raises(InputError, match=r"unreadable/step-00000002: .* cannot be read \(Input"):
+        find_resume_point(run_dir)

@@ -3,7 +3,6 @@ With `save_errors: continue` training goes on, and the next save tries again."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,47 +11,12 @@ from pathlib import Path
 
 import pytest
 from kills import CASES, FIRST, Saved, names_in, save_two
+from small_disks import PAGE, fill, mount, mount_disk
 from tiny_runs import LORA, assert_same_run, train, write_config
 
 from ssm_train import durable
 from ssm_train.cli import main
 from ssm_train.errors import InputError
-
-PAGE = 4096  # what tmpfs counts in
-SIZE = 512  # pages of the disk
-REASON = "cannot mount a tmpfs here; as a user: unshare -rm make test-faults"
-
-
-def mount(*options: str) -> bool:
-    return subprocess.run(["mount", *options], capture_output=True).returncode == 0
-
-
-def mount_disk(place: Path) -> bool:
-    return mount("-t", "tmpfs", "-o", f"size={SIZE * PAGE}", "tmpfs", str(place))
-
-
-@pytest.fixture
-def disks() -> Iterator[Callable[[Path], Path]]:
-    """Mounts a small disk at an empty directory."""
-    with ExitStack() as stack:
-
-        def make(place: Path) -> Path:
-            place.mkdir(exist_ok=True)
-            if not mount_disk(place):
-                pytest.skip(REASON)
-            stack.callback(subprocess.run, ["umount", str(place)], check=True)
-            return place
-
-        yield make
-
-
-def fill(disk: Path, free_pages: int) -> Path:
-    """A file that leaves so much room."""
-    ballast = disk / "ballast"
-    room = os.statvfs(disk).f_bavail - free_pages
-    ballast.write_bytes(bytes(room * PAGE))
-    assert os.statvfs(disk).f_bavail == free_pages
-    return ballast
 
 
 def pages(directory: Path) -> int:

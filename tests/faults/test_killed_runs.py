@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from kills import FIRST, Point, fork, kill_in_save, points_of
+from kills import FIRST, Point, fork_ranks, kill_in_save, points_of
 from starts import start
 from tiny_runs import LORA, SPARSE, assert_same_run, metrics, train, write_config
 
@@ -48,6 +48,7 @@ SECOND_SAVE: list[Point] = [
     ("pruned one removed", 1),
 ]
 """Of every run below, in its second save and in the fourth."""
+OF_RANK_1: list[Point] = [("rng-00001.json written", 1), ("rng-00001.json synced", 1)]
 ALWAYS = ("optimizer.safetensors written", "renamed", "pruned one renamed")
 
 # case -> family, PEFT settings, processes, the save in which it is killed
@@ -56,8 +57,17 @@ RUNS: dict[str, tuple[str, Any, int, int]] = {
     "full": ("mamba", None, 1, 2),
     "sd_lora_warmup": ("mamba", SPARSE, 1, 2),
     "sd_lora": ("mamba", SPARSE, 1, 4),
-    "two_processes": ("mamba", LORA, 2, 2),
+    "lora, two processes": ("gla", LORA, 2, 2),
+    "full, two processes": ("mamba", None, 2, 2),
+    "sd_lora_warmup, two processes": ("mamba", SPARSE, 2, 2),
+    "sd_lora, two processes": ("mamba", SPARSE, 2, 4),
 }
+BRIEF = ("lora", "full", "sd_lora_warmup", "sd_lora", "lora, two processes")
+"""Of these some points are tried in `make test-faults`."""
+
+
+def points_of_case(case: str) -> list[Point]:
+    return SECOND_SAVE + (OF_RANK_1 if RUNS[case][2] > 1 else [])
 
 
 def write(directory: Path, case: str, name: str) -> Path:
@@ -80,7 +90,7 @@ def whole(directory: Path) -> Whole:
     """The run directory of a case that nothing killed."""
 
     def of(case: str) -> Path:
-        name = "whole_" + case.removesuffix("_warmup")
+        name = "whole_" + case.replace("_warmup", "").replace(", ", "_").replace(" ", "_")
         run_dir = directory / "output" / "train_seed42" / name
         if not run_dir.exists():
             config = write(directory, case, name)
@@ -93,9 +103,14 @@ def whole(directory: Path) -> Whole:
 
 def every_case() -> list[Any]:
     return [
-        pytest.param(case, point, marks=[] if point[0] in ALWAYS else [pytest.mark.every_point])
+        pytest.param(
+            case,
+            point,
+            id=f"{case}: {point[0]}",
+            marks=[] if case in BRIEF and point[0] in ALWAYS else [pytest.mark.every_point],
+        )
         for case in RUNS
-        for point in SECOND_SAVE
+        for point in points_of_case(case)
     ]
 
 
@@ -114,8 +129,9 @@ def test_killed_between_the_stages(directory: Path, whole: Whole) -> None:
 
 def kill_and_go_on(case: str, save: int, point: Point, directory: Path, whole: Whole) -> None:
     processes = RUNS[case][2]
-    config = write(directory, case, f"{case}_{save}_{point[0]}".replace(" ", "_"))
-    in_processes = start_anew if point[0] in ALWAYS or processes > 1 else start_forked
+    name = f"{case}_{save}_{point[0]}".replace(" ", "_").replace(",", "")
+    config = write(directory, case, name)
+    in_processes = start_anew if case in BRIEF and point[0] in ALWAYS else start_forked
     in_processes(config, processes, save, point)
     expected = whole(case)
     actual = expected.with_name(config.stem)
@@ -129,8 +145,10 @@ def start_forked(config: Path, processes: int, save: int, point: Point) -> None:
     """Children of this process spare the seconds in which a new one loads its libraries."""
     command = ["train", "--cfg", str(config)]
     torch.set_num_threads(1)
-    assert fork(partial(main, command), kill_in_save(save, point)) == KILLED
-    assert fork(partial(main, [*command, "--resume"])) == 0
+    killed = fork_ranks(processes, partial(main, command), kill_in_save(save, point))
+    assert killed[0] == KILLED and 0 not in killed, killed  # rank 0 writes
+    again = fork_ranks(processes, partial(main, [*command, "--resume"]))
+    assert again == [0] * processes
 
 
 def start_anew(config: Path, processes: int, save: int, point: Point) -> None:

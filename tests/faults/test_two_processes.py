@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_disks import REASON, fill, mount_disk
 from starts import start, start_two
-from test_disk import REASON, mount_disk
 from tiny_runs import LORA, assert_same_tensors, exported, losses, write_config
 
 FULL = Path(__file__).with_name("full_disk_run.py")
@@ -68,3 +68,25 @@ def test_a_directory_that_is_not_shared_ends_both(tmp_path: Path) -> None:
     for _, error in ended:
         assert "ranks [1] of 2 do not see output/train_seed42/apart/checkpoints" in error
         assert "must be on a file system that all nodes share" in error
+
+
+@pytest.mark.parametrize(
+    ("resume", "free_pages", "file"), [(False, 1, "environment.json"), (True, 16, "metrics.jsonl")]
+)
+def test_both_stop_where_rank_0_cannot_write(
+    resume: bool, free_pages: int, file: str, tmp_path: Path, disks: Callable[[Path], Path]
+) -> None:
+    disk = disks(tmp_path / "disk")
+    config = write(tmp_path, "full", output_root=str(disk), skip_eval=True, save_steps=999)
+    command = ["-m", "ssm_train.train", "--cfg", config, "max_steps=400"]
+    if resume:
+        done = start(2, *command[:-1], "max_steps=2")
+        assert done.returncode == 0, done.stderr
+        command.append("--resume")
+    fill(disk, free_pages)
+    ended = start_two(*command)
+    assert [code for code, _ in ended] == [2, 2], ended
+    for who, (_, error) in zip(("error", "error (rank 1)"), ended, strict=True):
+        where = disk / "train_seed42" / "full" / file
+        assert f"{who}: {where}: No space left on device; make room" in error, error
+        assert "Traceback" not in error

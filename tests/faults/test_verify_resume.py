@@ -1,14 +1,14 @@
 """`ssm-train verify-resume`: honest runs pass, whatever was changed between two parts is named."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kills import change_numpy_state, newest, sign
 from safetensors.torch import load_file, save_file
+from starts import start
 from tiny_runs import LORA, SPARSE, write_config
 
-from ssm_train.checkpoint import write_manifest
 from ssm_train.cli import main
 from ssm_train.commands import BAD_INPUT, DONE, FAILED
 from ssm_train.config import load_config
@@ -35,24 +35,6 @@ def test_a_run_that_is_killed_twice_is_the_same(case, tmp_path, capsys):
     stops = "step 2 of the warm-up and step 2 and step 4" if "sd" in case else "step 2 and step 4"
     assert f"killed after {stops} and resumed" in said
     assert sorted(tmp_path.iterdir()) == before  # nothing in output_root
-
-
-def newest(run_dir: Path) -> Path:
-    return max((run_dir / "checkpoints").glob("step-*"))
-
-
-def sign(checkpoint: Path) -> None:
-    """As if it had been written so."""
-    (checkpoint / "manifest.json").unlink()
-    write_manifest(checkpoint, int(checkpoint.name.removeprefix("step-")), 1)
-
-
-def other_random_state(run_dir: Path) -> None:
-    file = newest(run_dir) / "rng-00000.json"
-    state = json.loads(file.read_text())
-    state["numpy"]["pos"] += 1
-    file.write_text(json.dumps(state))
-    sign(file.parent)
 
 
 def other_weight(run_dir: Path) -> None:
@@ -85,7 +67,7 @@ def lost_moments(run_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (other_random_state, "checkpoint of step 1: random state: NumPy's differs"),
+        (change_numpy_state, "checkpoint of step 1: random state: NumPy's differs"),
         (other_weight, "checkpoint of step 1: parameter "),
         (lost_moments, "checkpoint of step 1: optimizer state "),
         (other_order, "step 2: examples ["),
@@ -100,6 +82,21 @@ def test_what_a_resumed_run_does_otherwise_is_named(
     difference = verify(cfg, 3, lambda line: None, lambda run: next(once, lambda run: None)(run))
     assert difference is not None and difference.startswith(named), difference
     assert "before the first stop" not in difference
+
+
+def test_two_processes_that_are_killed_twice_are_the_same(tmp_path: Path) -> None:
+    config = write_config(tmp_path, "run", "mamba", peft=SPARSE, batch_size=2)
+    done = start(2, "-m", "ssm_train", "verify-resume", "--cfg", config)
+    assert done.returncode == DONE, done.stderr
+    assert "killed after step 2 of the warm-up and step 2 and step 4 and resumed" in done.stdout
+    assert done.stdout.count("the same, bit for bit") == 1
+
+
+def test_what_differs_on_another_rank_is_named(tmp_path: Path) -> None:
+    config = write_config(tmp_path, "run", "gla", peft=LORA, batch_size=2)
+    done = start(2, Path(__file__).with_name("changed_run.py"), config)
+    assert done.returncode == DONE, done.stderr
+    assert done.stdout.count("checkpoint of step 1: random state: NumPy's differs on rank 1") == 2
 
 
 def test_the_command_fails_where_runs_differ(tmp_path, capsys, monkeypatch):

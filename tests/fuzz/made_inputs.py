@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from ssm_train.config import RunConfig
-from ssm_train.errors import InputError, unusable_path
+from ssm_train.errors import InputError, unusable
 
 FACTOR = max(1, int(os.environ.get("SSM_TRAIN_FUZZ", "0")))
 T = TypeVar("T")
@@ -133,6 +133,6 @@ def attempt(action: Callable[[], T]) -> T | None:
         assert str(error).strip(), "an empty message"
         return None
     except OSError as error:  # which the command line reports in the same way
-        if unusable_path(error) is None:
+        if unusable(error) is None:
             raise
         return None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from tiny_runs import LORA, SPARSE, assert_same_tensors, write_config
 from torch import Tensor
 
 from ssm_train import durable, snapshot
-from ssm_train.checkpoint import CheckpointSettings
+from ssm_train.checkpoint import CheckpointSettings, write_manifest
 from ssm_train.config import load_config, run_directory
 from ssm_train.engines.replicated import Replicated
 from ssm_train.loop import TrainState
@@ -26,6 +29,7 @@ from ssm_train.peft.spec import load_peft
 from ssm_train.resume import RunCheckpoints, find_resume_point
 from ssm_train.train import get_ready
 
+Hook = Callable[[str], None]  # for `durable.at_write_point`
 Point = tuple[str, int]  # name, and the how manieth of this name in a save
 
 FIRST = "checkpoints made"  # the first point of a save
@@ -39,8 +43,7 @@ CASES: dict[str, tuple[dict[str, Any] | None, str]] = {
 """name -> PEFT settings, and the stage."""
 
 
-def kill_at(point: Point) -> Callable[[str], None]:
-    """For `durable.at_write_point`."""
+def kill_at(point: Point) -> Hook:
     seen: Counter[str] = Counter()
 
     def kill(name: str) -> None:
@@ -51,7 +54,7 @@ def kill_at(point: Point) -> Callable[[str], None]:
     return kill
 
 
-def kill_in_save(number: int, point: Point) -> Callable[[str], None]:
+def kill_in_save(number: int, point: Point) -> Hook:
     """`kill_at` in the so manieth save of a process, counted from 1."""
     saves, kill = 0, kill_at(point)
 
@@ -65,11 +68,32 @@ def kill_in_save(number: int, point: Point) -> Callable[[str], None]:
     return hook
 
 
-def fork(
-    work: Callable[[], int | None], at_write_point: Callable[[str], None] | None = None
-) -> int:
+def fork(work: Callable[[], int | None], at_write_point: Hook | None = None) -> int:
     """How a child that does the work ended: with the code that the work returns, or minus the
     signal."""
+    return end_of(begin(work, at_write_point))
+
+
+def fork_ranks(
+    processes: int, work: Callable[[], int | None], at_write_point: Hook | None = None
+) -> list[int]:
+    """`fork`, for each rank of so many; nobody ends the others."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+
+    def work_as(rank: int) -> int | None:
+        os.environ.update(world | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        return work()
+
+    children = [begin(partial(work_as, rank), at_write_point) for rank in range(processes)]
+    return [end_of(child) for child in children]
+
+
+def begin(work: Callable[[], int | None], at_write_point: Hook | None) -> int:
+    """The id of a new child."""
     pid = os.fork()
     if pid == 0:
         code = 99
@@ -78,6 +102,10 @@ def fork(
             code = work() or 0
         finally:
             os._exit(code)
+    return pid
+
+
+def end_of(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -241,3 +269,23 @@ def spoil(file: Path, damage: Damage, place: int) -> bytes:
         assert spoilt != data, (file, damage, place)
         file.write_bytes(spoilt)
     return data
+
+
+def newest(run_dir: Path) -> Path:
+    return max((run_dir / "checkpoints").glob("step-*"))
+
+
+def sign(checkpoint: Path) -> None:
+    """As if it had been written so."""
+    world_size = json.loads((checkpoint / "manifest.json").read_text())["world_size"]
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, int(checkpoint.name.removeprefix("step-")), world_size)
+
+
+def change_numpy_state(run_dir: Path, rank: int = 0) -> None:
+    """In the newest checkpoint."""
+    file = newest(run_dir) / f"rng-{rank:05}.json"
+    state = json.loads(file.read_text())
+    state["numpy"]["pos"] += 1
+    file.write_text(json.dumps(state))
+    sign(file.parent)

@@ -13,6 +13,7 @@ from spider_library import write_database, write_tables
 from tiny_runs import losses, make_records, metrics, train, write_config
 from transformers import AutoTokenizer
 
+from ssm_train.cli import main
 from ssm_train.finished import generate_from
 
 WITHOUT_TASK = {"task": None, "val_data": None, "logging_steps": 4}
@@ -118,3 +119,19 @@ def test_spider_is_measured_on_its_databases(tmp_path: Path) -> None:
     assert last["execution"] == last["execution_easy"] == last["exact_match"] == 1
     assert result.main_metric == "execution" and result.test["execution"] == 1
     assert (result.run_dir / f"predictions-test-{result.best_step}.jsonl").is_file()
+
+
+def test_a_resume_on_other_data_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, "run", "mamba", skip_eval=True, max_steps=2)
+    train(config)
+    file = tmp_path / "train.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(reversed(lines)))
+    assert main(["train", "--cfg", str(config), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --resume: the training data were 24 examples of ")
+    assert "put them back, or start a new run" in error and error.count("\n") == 1
+    file.write_text("".join(lines))
+    assert main(["train", "--cfg", str(config), "--resume"]) == 0

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_runs import LORA, SPARSE, losses, train, write_config
+from tiny_runs import LORA, SPARSE, losses, stop_in_step, train, write_config
 
 from ssm_train.cli import main
 from ssm_train.commands import BAD_INPUT, DONE, FAILED
@@ -102,3 +102,18 @@ def test_what_cannot_be_repeated_is_refused(tmp_path, capsys):
     assert main(["rerun", str(run_dir)]) == BAD_INPUT
     assert "has no environment.json" in capsys.readouterr().err
     assert not run_dir.with_name("run-rerun").exists()
+
+
+def test_a_run_that_was_stopped_resumed_and_overridden(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path, "run", "mamba", peft=LORA)
+    command = ["train", "--cfg", str(config), "weight_decay=0.1"]
+    with monkeypatch.context() as patch:
+        for variable, text in {"HP_LR": "3e-3", "HP_SEED": "7", "HP_PEFT_R": "3"}.items():
+            patch.setenv(variable, text)
+        stop_in_step(patch, 3)
+        assert main(command) == 75
+        assert main([*command, "--resume"]) == DONE
+    monkeypatch.setenv("HP_LR", "9")  # of another day
+    run_dir = tmp_path / "output" / "train_seed7" / "run"
+    assert main(["rerun", str(run_dir), "--whole"]) == DONE
+    assert "the first 8 losses are those of the record, bit for bit" in capsys.readouterr().out

@@ -3,15 +3,19 @@ kills at some write points, one bad byte in each file."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from kills import FIRST, Saved, flip_a_bit, fork, kill_at, save_two, spoil
 from tiny_runs import LORA, assert_same_run, stop_in_step, train, write_config
 
@@ -194,3 +198,46 @@ def test_the_last_save_before_a_stop_must_succeed(
     assert "warning: the checkpoint of step 2 cannot be written" in " ".join(said.out.split())
     assert said.err.startswith("error: the checkpoint of step 2 cannot be written")
     assert "File exists" in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["in place", "beside the training"])
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    beside: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rmdir = os.rmdir
+
+    def keep(path: str, **named: Any) -> None:
+        if str(path).endswith("step-00000003.tmp"):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        rmdir(path, **named)
+
+    monkeypatch.setattr(os, "rmdir", keep)
+    config = write_config(
+        tmp_path, "kept", "mamba", peft=LORA, async_save=beside, save_total_limit=1,
+        skip_eval=True, eval_steps=99,
+    )  # fmt: skip
+    assert train(config).outcome == "finished"
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("warning: an old checkpoint cannot be removed: [Errno 39]") == 1
+
+
+def test_the_loss_scaler_comes_back(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fp16, which itself needs a GPU."""
+    run_dir = saved.copy("scaled")
+
+    def scaler(scale: float) -> torch.amp.GradScaler:
+        made = torch.amp.GradScaler("cpu", init_scale=scale)
+        made.scale(torch.ones(()))  # from when on it is there
+        return made
+
+    engine = saved.trained.engine
+    monkeypatch.setattr(engine, "scaler", scaler(64.0))
+    saved.trained.save(run_dir, 3)
+    engine.scaler = scaler(2.0)
+    found, _ = find_resume_point(run_dir)
+    assert found is not None
+    saved.trained.checkpoints(run_dir).restore(found)
+    assert engine.scaler.state_dict() == scaler(64.0).state_dict()

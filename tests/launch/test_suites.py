@@ -20,6 +20,8 @@ from ssm_train.config import dump_yaml, load_config, run_directory
 from ssm_train.launch import rounds
 from ssm_train.launch.complete import find_complete_run
 from ssm_train.launch.plan import plan_suite
+from ssm_train.peft.spec import load_peft
+from ssm_train.record import record_peft
 
 TIME = r"\[\d{4}-\d\d-\d\d_\d\d:\d\d:\d\d\]"
 
@@ -124,6 +126,7 @@ def test_what_a_job_is_given(room: Room, run: Callable[..., tuple[int, str, str]
     assert room.seen("a") == {
         "model": "x",
         "data": "glue-tvt_rte",
+        "lock": True,
         "learning_rate": 5e-4,
         "trackers": [],
         "min_eval_metric_after_epoch": {3: 0.5},
@@ -423,7 +426,7 @@ def test_an_earlier_run_is_no_result_of_a_job_that_failed(
 ) -> None:
     room.write({"E1": ["a", "b"]}, a="exit 2")
     run_dir = write_complete_run(room, "a")
-    os.utime(run_dir / "cfg.yaml", (0, 0))
+    os.utime(run_dir / "cfg.yaml", (2**32, 2**32))  # no clock is asked
     code, out, _ = run("E1", SSM_TRAIN_OUTPUT=str(room.path / "output"))
     assert code == 1 and "table" not in out
     assert not (room.path / "logs" / "report.txt").exists()
@@ -442,19 +445,24 @@ def test_an_earlier_run_is_no_result_of_a_job_that_failed(
 def test_only_a_run_of_the_same_config_counts(
     room: Room, change: dict[str, str], reason: str
 ) -> None:
+    from tiny_runs import LORA
+
     room.write({"E1": ["a"]})
     config, peft = room.path / "yaml" / "a.yaml", room.path / "lora.json"
     config.write_text(f"model: x\ndata: glue-tvt_cola\npeft: {peft}\n")
-    peft.write_text("{}")
+    peft.write_text(json.dumps(LORA))
     run_dir = write_complete_run(room, "a")
+    record_peft(run_dir, load_peft(str(peft), {}).dump())
+    os.utime(peft, (2**32, 2**32))
     environment = {"SSM_TRAIN_OUTPUT": str(room.path / "output"), "HP_SEED": "87", **change}
     found, said = find_complete_run(config, environment)
     assert found == (None if change else run_dir)
     assert reason in said
     if not change:
-        later = (run_dir / "cfg.yaml").stat().st_mtime + 10
-        os.utime(peft, (later, later))
-        assert find_complete_run(config, environment)[0] is None
+        peft.write_text(json.dumps(LORA | {"r": 4}))
+        os.utime(peft, (0, 0))
+        assert "other PEFT settings" in find_complete_run(config, environment)[1]
+        peft.write_text(json.dumps(LORA))
         (run_dir / "result.json").write_text("{")
         assert "outcome: None" in find_complete_run(config, environment)[1]
 
@@ -543,3 +551,19 @@ def test_an_interrupt_lets_real_runs_save_themselves(room: Room) -> None:
         assert (run_dir / "checkpoints" / "last").is_file()
     assert not processes_with(str(room.path))
     assert not list((room.path / "tmp").iterdir())
+
+
+@pytest.mark.slow
+def test_a_second_suite_does_not_touch_the_runs_of_the_first(room: Room) -> None:
+    write_real_suite(room, ["one"], max_steps=10**6, save_steps=10**6, skip_eval=True)
+    log = room.path / "logs" / "one.log"
+    with room.started("E1", **real(room)) as suite:
+        wait_until(lambda: log.exists() and "step 1/" in log.read_text())
+        with room.started("E1", **real(room, LOG_DIR=str(room.path / "other"))) as second:
+            said, _ = second.communicate(timeout=120)
+        assert second.returncode == 1, said
+        assert "FAILED (exit 2)" in said and "error: lock: process " in said
+        assert suite.poll() is None
+        suite.send_signal(signal.SIGINT)
+        out, _ = suite.communicate(timeout=60)
+    assert out.count("stopped (exit 75)") == 1, out

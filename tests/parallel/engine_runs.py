@@ -52,6 +52,10 @@ if DEVICE == "cuda":
     CASES = {name: CASES[name] for name in ON_GPU}
 # Of DDP between hosts, where all weights train, which is another way.
 BETWEEN_HOSTS = ("gla_full", "gla_accumulated_full", "gla_bf16", "mamba_bf16", "mamba_inf")
+# Of optimizers on the host; else they are ZeRO-2 and ZeRO-3.
+OFFLOADED = (
+    "gla_lora", "gla_full", "mamba_full", "gla_packed", "mamba_accumulated", "mamba_sparse", *ODD
+)  # fmt: skip
 SHARDED = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fsdp2")
 ENGINES = ("ddp", "ddp_hosts", *SHARDED)
 NAMES = {"ddp": "DDP", "ddp_hosts": "DDP", "fsdp2": "FSDP2"} | {
@@ -61,8 +65,8 @@ NAMES = {"ddp": "DDP", "ddp_hosts": "DDP", "fsdp2": "FSDP2"} | {
 
 def cases_of(engine: str) -> list[str]:
     """What is trained under an engine."""
-    names = [*CASES, *ODD]
-    return [n for n in names if n in BETWEEN_HOSTS] if engine == "ddp_hosts" else names
+    some = BETWEEN_HOSTS if engine == "ddp_hosts" else OFFLOADED if "offload" in engine else None
+    return [name for name in (*CASES, *ODD) if some is None or name in some]
 
 
 def environment(engine: str) -> dict[str, str]:

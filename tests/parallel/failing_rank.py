@@ -1,5 +1,6 @@
 """`failing_rank.py WHAT STEP CONFIG`, under torchrun: rank 1 dies, hangs or has too little memory
-in an optimizer step; in step -1 before the first one."""
+in an optimizer step; in step -1 before the first one. Or its second layer's mixer gives NaN from
+that step on."""
 
 import os
 import signal
@@ -30,6 +31,14 @@ def run_out_of_memory() -> None:
     MambaAdapter.token_losses = loop.loss_of = fail
 
 
+def spoil() -> None:
+    def add_nan(module: torch.nn.Module, _: Any, output: Any) -> Any:
+        second = "Mixer" in type(module).__name__ and getattr(module, "layer_idx", 0) == 1
+        return output + torch.nan if second else output
+
+    torch.nn.modules.module.register_module_forward_hook(add_nan)
+
+
 def fail_in(step: int, fail: Any) -> None:
     if step < 0:
         fail()
@@ -43,9 +52,12 @@ def fail_in(step: int, fail: Any) -> None:
     fit.make_batches = make_batches
 
 
+FAILURES = {"die": die, "hang": hang, "memory": run_out_of_memory, "nan": spoil}
+
+
 if __name__ == "__main__":
     what, step, config = sys.argv[1:]
     Path(config).with_name(f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     if os.environ["RANK"] == "1":
-        fail_in(int(step), {"die": die, "hang": hang, "memory": run_out_of_memory}[what])
+        fail_in(int(step), FAILURES[what])
     sys.exit(main(["train", "--cfg", config]))

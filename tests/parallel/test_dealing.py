@@ -31,6 +31,11 @@ def make(family: str, place: str | None) -> torch.nn.Module:
     return adapter.prepare(spec).model
 
 
+def equal_parameters(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> bool:
+    tensors = dict(model.named_parameters())
+    return {*tensors} == {*expected} and all(p.equal(expected[n]) for n, p in tensors.items())
+
+
 def deal(name: str, family: str, directory: Path) -> None:
     """Each rank. Leaves what it held, and whether the weights are those that one process makes."""
     os.environ.update(environment(name))
@@ -41,6 +46,7 @@ def deal(name: str, family: str, directory: Path) -> None:
     model = make(family, engine.place)
     found = {
         "total": sum(p.numel() for p in alone.values()),
+        "names": len(alone),
         "made": sorted({str(p.device) for p in model.parameters()}),
     }
     proof = engine.spread(model)
@@ -50,7 +56,11 @@ def deal(name: str, family: str, directory: Path) -> None:
     parts = (getattr(p, "ds_tensor", p) for p in model.parameters())
     found["held"] = sum(local(part).numel() for part in parts)
     with engine.whole() as whole:
-        found["same"] = all(p.equal(alone[n]) for n, p in whole.named_parameters())
+        found["same"] = equal_parameters(whole, alone)
+    with engine.for_writing() as written:
+        found["written"] = None if written is None else equal_parameters(written, alone)
+    found["trained"] = len(engine.trained())
+    assert {*engine.trained()} <= {*alone}
     (directory / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
@@ -64,3 +74,6 @@ def test_no_process_has_all_weights(name: str, family: str, tmp_path: Path) -> N
         assert found["spread"] < 0.6 * found["total"]  # small ones are whole under ZeRO-3
         assert found["held"] < 0.6 * found["total"]
         assert found["same"]
+        # What is written gathers on rank 0 alone, on the CPU.
+        assert found["written"] is (True if rank == 0 else None)
+        assert found["trained"] == (found["names"] if rank == 0 else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,10 +17,10 @@ PATIENCE = 4  # seconds without progress
 
 
 def launch(
-    directory: Path, engine: str, what: str, step: int = STEP
+    directory: Path, engine: str, what: str, step: int = STEP, more: str = ""
 ) -> subprocess.CompletedProcess[str]:
     config = write(directory, "mamba_lora", 2)
-    config.write_text(f"{config.read_text()}watchdog_seconds: {PATIENCE}\n")
+    config.write_text(f"{config.read_text()}watchdog_seconds: {PATIENCE}\n{more}")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     cpu = str(DEVICE == "cpu").lower()
     variables = {"ACCELERATE_USE_CPU": cpu, "OMP_NUM_THREADS": "1", **environment(engine)}
@@ -71,3 +72,16 @@ def test_one_rank_without_memory_ends_all_with_its_line(
     assert "OutOfMemoryError" not in done.stderr and "no progress for" not in done.stderr
     assert_none_runs(tmp_path)
     assert run_directory(tmp_path, "mamba_lora").exists() == (step >= 0)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_nan_on_one_rank_skips_the_steps_of_all_and_is_named(engine: str, tmp_path: Path) -> None:
+    done = launch(tmp_path, engine, "nan", more="max_bad_steps: 3\n")
+    assert done.returncode == 1, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "ended after 6 steps, the last of them bad (max_bad_steps): the first output" in said
+    assert "layers.1.mixer;" in said
+    rows = (run_directory(tmp_path, "mamba_lora") / "metrics.jsonl").read_text().splitlines()
+    skipped = [json.loads(row)["skipped_steps"] for row in rows]
+    assert skipped == [0, 0, 0, 1, 2], rows  # the row of the last one is not written any more
+    assert_none_runs(tmp_path)

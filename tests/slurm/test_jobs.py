@@ -94,7 +94,7 @@ def test_a_start_over_the_budget_trains_nothing(runs: Runs) -> None:
 def test_a_signal_that_comes_while_tasks_start_is_not_lost(runs: Runs) -> None:
     """Neither while bash starts on a node, here for some seconds, nor while the model loads."""
     slow = runs.directory / "slow.sh"
-    slow.write_text('[[ ${SLURM_PROCID:-0} == 0 ]] || sleep 3\n')
+    slow.write_text("[[ ${SLURM_PROCID:-0} == 0 ]] || sleep 3\n")
     config = str(write_config(runs.directory, "gla", "gla", **FOREVER))
     job = runs.submit(MULTI, config, ENGINE="ddp", MAX_RESTARTS="0", BASH_ENV=str(slow))
     wait_until(

@@ -1,8 +1,13 @@
 """A kill at any write point and damage to any file leave a checkpoint to resume from."""
 
+import errno
 import json
+import os
 import random
 import shutil
+import stat
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,6 +235,129 @@ def test_prune_never_removes_the_last_that_is_whole(tmp_path, damage):
     damage(checkpoint_path(tmp_path, 3) / "optimizer.safetensors")
     prune(tmp_path, keep=1)
     assert value_in(latest_checkpoint(tmp_path)[0]) == 1
+
+
+def test_the_newest_that_is_whole_stays_where_the_best_one_is_whole_too(tmp_path):
+    """A run that went on from before a damaged checkpoint: what it saves next is an older step."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    flip_a_bit(checkpoint_path(tmp_path, 3) / "optimizer.safetensors")
+    prune(tmp_path, keep=1, protect=[1])
+    assert value_in(latest_checkpoint(tmp_path)[0]) == 2
+
+
+def test_nothing_is_removed_where_nothing_can_be_read(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    for name in ("read_text", "is_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, fail)
+            assert prune(tmp_path, keep=1) == []
+            assert "cannot be read (Input/output error)" in find_damage(
+                checkpoint_path(tmp_path, 3)
+            )
+    assert value_in(latest_checkpoint(tmp_path)[0]) == 3
+
+
+# ---------------------------------------------------------------- network disks
+
+
+def held_open(monkeypatch, *names):
+    """Directories of these names cannot be removed: NFS keeps a file that is read in them."""
+    rmdir = os.rmdir
+
+    def keep(path, *given, **named):
+        if Path(path).name in names:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmdir(path, *given, **named)
+
+    monkeypatch.setattr(os, "rmdir", keep)
+
+
+def test_what_cannot_be_removed_is_said_and_tried_again(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    with monkeypatch.context() as patch:
+        held_open(patch, "step-00000001.tmp")
+        with pytest.raises(OSError, match="Directory not empty"):
+            prune(tmp_path, keep=1)
+        save(tmp_path, 4)  # which does not fail
+        assert names_in(tmp_path) == [
+            "last", "step-00000001.tmp", "step-00000003", "step-00000004"
+        ]  # fmt: skip
+    save(tmp_path, 5)
+    assert names_in(tmp_path) == ["last", *(f"step-0000000{k}" for k in (3, 4, 5))]
+
+
+def test_a_step_that_was_saved_before_and_cannot_be_removed(tmp_path, monkeypatch):
+    save(tmp_path, 1, value=1)
+    held_open(monkeypatch, "step-00000001.old")
+    save(tmp_path, 1, value=2)
+    assert value_in(latest_checkpoint(tmp_path)[0]) == 2
+
+
+def test_a_rename_that_reports_an_error_though_it_happened(tmp_path, monkeypatch):
+    replace = Path.replace
+
+    def lose_the_answer(self, to):
+        replace(self, to)
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+
+    save(tmp_path, 1, value=1)
+    monkeypatch.setattr(Path, "replace", lose_the_answer)
+    for value in (2, 3):
+        save(tmp_path, 1, value)
+        assert value_in(latest_checkpoint(tmp_path)[0]) == value
+    save(tmp_path, 2)
+    assert [path.name for path in prune(tmp_path, keep=1)] == ["step-00000001"]
+    assert names_in(tmp_path) == ["last", "step-00000002"]
+
+
+def test_a_rename_that_did_not_happen_is_an_error(tmp_path, monkeypatch):
+    def fail(self, to):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+
+    save(tmp_path, 1, value=1)
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(FileNotFoundError):
+        save(tmp_path, 1, value=2)
+    monkeypatch.undo()
+    assert value_in(latest_checkpoint(tmp_path)[0]) == 1
+
+
+@pytest.mark.parametrize("directory", [False, True])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
+def test_a_sync_that_fails(tmp_path, monkeypatch, directory, number):
+    """Fails the save and leaves nothing; but some network disks cannot sync a directory at all."""
+    save(tmp_path, 1)
+    fsync = os.fsync
+
+    def fail(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode) == directory:
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if directory and number == errno.EINVAL:
+        save(tmp_path, 2)
+        assert value_in(latest_checkpoint(tmp_path)[0]) == 2
+        return
+    with pytest.raises(OSError, match=os.strerror(number)):
+        save(tmp_path, 2)
+    assert value_in(latest_checkpoint(tmp_path)[0]) == 1
+    assert names_in(tmp_path) == ["last", "step-00000001"]
+
+
+def test_what_shows_up_late_is_waited_for(tmp_path, monkeypatch):
+    late = tmp_path / "late"
+    threading.Timer(0.3, late.touch).start()
+    assert durable.appears(late)
+    monkeypatch.setattr(durable, "SECONDS_TO_APPEAR", 0.2)
+    assert not durable.appears(tmp_path / "never")
 
 
 def test_each_rank_gets_its_own_random_states(tmp_path):

@@ -1,6 +1,9 @@
 """Tokenization: parts apart, label spans, what is dropped or refused, here or in processes."""
 
 import multiprocessing
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -245,6 +248,46 @@ def test_processes_give_what_one_process_gives(words, monkeypatch):
         assert shared.references(i) == alone.references(i)
     assert shared.prompt_lengths.tolist() == alone.prompt_lengths.tolist()
     assert done == [*range(5, 46, 5), 47]
+
+
+ALONE = """
+import multiprocessing, sys, time
+from ssm_train.data import DataSettings, examples, sources
+from ssm_train.data.tasks import build_task
+from ssm_train.data.vocabulary import build_tokenizer
+
+def look(done):
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    examples.PARALLEL_AFTER_SECONDS, examples.CHUNK_RECORDS = -1.0, 5
+    task = build_task({"type": "generation", "prompt": "{a}", "label": "{a}"})
+    source = sources.find_source(DataSettings(data=sys.argv[1]), "train")
+    words = build_tokenizer(["w1"], {"type": "word"})
+    examples.tokenize_records(
+        source.open(), task, words, training=True, num_workers=2, progress=look
+    )
+"""
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"a": "w1"}\n' * 50)
+    (tmp_path / "alone.py").write_text(ALONE)
+    command = [sys.executable, str(tmp_path / "alone.py"), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    until = time.monotonic() + 60
+    while any(is_living(pid) for pid in workers):
+        assert time.monotonic() < until, "left behind"
+        time.sleep(0.1)
+
+
+def is_living(pid):
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return state.stdout.strip()[:1] not in ("", "Z")
 
 
 def test_a_process_that_is_killed_while_it_tokenizes_is_said(words, monkeypatch):

@@ -4,6 +4,9 @@ shipped files."""
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +19,7 @@ from torch import nn
 from ssm_train.engines import Asked, build_engine, check_launch, read_environment
 from ssm_train.engines.hollow import HollowModel
 from ssm_train.engines.launcher import Statement, read_command, read_parent
+from ssm_train.engines.zero import SECONDS_TO_BUILD, await_build
 from ssm_train.engines.zero_config import Numbers, fill_sizes, read_config
 from ssm_train.errors import InputError
 from ssm_train.fit import Ready
@@ -33,6 +37,22 @@ def environ(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
+
+
+def test_a_lock_that_a_killed_build_has_left_is_named(tmp_path: Path) -> None:
+    await_build(tmp_path / "none")
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    end = threading.Timer(0.5, lock.unlink)  # as the process that builds does
+    end.start()
+    await_build(tmp_path)
+    assert not lock.exists()
+    lock.touch()
+    then = time.time() - SECONDS_TO_BUILD - 60
+    os.utime(lock, (then, then))
+    with pytest.raises(InputError, match="lock says since 11 minutes that .*; remove it if no"):
+        await_build(tmp_path)
 
 
 # ---------------------------------------------------------------- environment

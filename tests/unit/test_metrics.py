@@ -8,12 +8,9 @@ import pytest
 
 from ssm_train.errors import InputError
 from ssm_train.metrics import (
-    TRACKERS,
     MetricsLog,
     Progress,
     TokenRate,
-    Trackers,
-    check_trackers,
     clock,
     peak_memory_gib,
     read_metrics,
@@ -157,28 +154,3 @@ def test_plot_without_metrics(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="no metrics yet"):
         plot_metrics([tmp_path], tmp_path / "m.png")
-
-
-def test_a_missing_tracker_is_named_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install swanlab"):
-        check_trackers(["swanlab"])
-
-
-def test_accelerate_knows_every_tracker() -> None:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    assert set(TRACKERS) <= {str(name) for name in LOGGER_TYPE_TO_CLASS}
-
-
-def test_tensorboard_gets_the_rows(tmp_path: Path) -> None:
-    from accelerate import PartialState
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    PartialState(cpu=True)
-    trackers = Trackers(["tensorboard"], tmp_path, "run", {"peft": None, "seed": 1, "task": {}})
-    trackers.write("train", {"step": 3, "loss": 0.25, "note": "text"})
-    trackers.finish()
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "run"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 0.25)]

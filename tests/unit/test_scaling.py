@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,17 @@ from torch import nn
 from ssm_train.cli import main
 from ssm_train.commands import BAD_INPUT, DONE
 from ssm_train.fit import warn_of_engine
-from ssm_train.scaling import Model, Part, Weights, divide, measure, warn_of_parts
+from ssm_train.plan import Plan
+from ssm_train.scaling import (
+    Cluster,
+    Model,
+    Outlook,
+    Part,
+    Weights,
+    divide,
+    measure,
+    warn_of_parts,
+)
 
 ROOT = Path(__file__).parents[2]
 LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 16}
@@ -79,6 +90,19 @@ def test_whole_gradients_wait_for_the_last_micro_batch() -> None:
 def test_one_process_sends_nothing() -> None:
     part = Part("any", 0, 0, 0, 0, reduced=8, gathered=4, scattered=4)
     assert [part.sent(n) for n in (1, 2, 4)] == [0, 12, 18]
+
+
+def test_an_evaluation_may_need_more_than_a_step() -> None:
+    """A model in parts is whole on each GPU then, and gradients and buffers are gone."""
+    plan = Plan(0, 0, 0, 0, 0, False, per_token=5, recomputed=2, logits=3, tokens=1)
+    outlook = Outlook(Cluster(4, 1_000), plan, FULL, [])
+    part = Part("any", weights=10, optimizer=20, gradients=10, buffers=10)
+    assert outlook.peak(part) == 60
+    assert outlook.peak(replace(part, whole=40)) == 70
+    parts = {part.engine: part for part in divide(FULL, 4, 1)}
+    assert parts["DDP"].whole == parts["ZeRO-2"].whole == 0
+    assert parts["FSDP2"].whole == FULL.all.without(FULL.odd).all + FULL.copies
+    assert parts["ZeRO-3"].whole == FULL.all.without(FULL.small).all + FULL.copies
 
 
 class Toy(nn.Module):
