@@ -1,5 +1,5 @@
 # make quickstart     fine-tune a tiny GLA and a tiny Mamba on the CPU
-# make test           lint, types and every test that needs no GPU
+# make test           lint, types and tests without a GPU; make test-all runs the others
 # make test-parallel  two to four processes under DDP, ZeRO and FSDP2, on the CPU
 # make test-faults    kills, damaged files and full disks; test-faults-full: a run at every point
 # make test-slurm     jobs on a real Slurm, started for the tests where it is installed
@@ -34,7 +34,7 @@ quickstart: .venv/installed
 	@$(RUN) train.py --cfg cfg/quickstart/mamba_lora.yaml --overwrite
 
 test: lint
-	@echo "== tests (everything that needs no GPU)"
+	@echo "== tests without a GPU (the others: make test-all)"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore tests/parallel --ignore tests/slurm \
 	    --ignore tests/faults -n auto --dist loadfile --durations=10
 

@@ -19,7 +19,7 @@ from ssm_train.adapters.base import (
     PeftMethod,
     Prepared,
 )
-from ssm_train.adapters.loading import save_model
+from ssm_train.adapters.loading import read_config, save_model
 from ssm_train.bases import base_run
 from ssm_train.config import RunConfig, as_recorded, load_config
 from ssm_train.data.batches import collate, pack
@@ -118,6 +118,8 @@ def choose_main_metric(cfg: RunConfig, task: Task) -> str:
     metric = cfg.metric_for_best or known[0]
     if metric not in known:
         hint = near(metric, known) or f"; this run measures {', '.join(known)}"
+        if metric in task.metrics and not cfg.skip_eval:
+            hint = " without answers; set eval_gen, such as {max_new_tokens: 64}"
         raise InputError(f"metric_for_best: {metric!r} is not measured{hint}")
     if cfg.min_eval_metric_after_epoch and metric in LOSSES:
         raise InputError(
@@ -185,6 +187,8 @@ def prepare_model(
             place=place,
         )
         adapter, reason = registry.resolve(spec)
+        if model is not None:  # a name may have routed it, and its tokenizer would be blamed next
+            read_config(model, cfg.revision)
         if cfg.packing and "packing" not in adapter.traits.supports:
             raise InputError(f"packing: {adapter.name} models cannot be packed; set packing: false")
         prepared = adapter.prepare(spec)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ssm_train import commands
+from ssm_train import __version__, commands
 from ssm_train.commands import BAD_INPUT, INTERRUPTED
 from ssm_train.errors import InputError, unusable
 from ssm_train.secrets import redact
@@ -20,11 +20,18 @@ EPILOG = """exit codes:
   0 done   1 failed   2 bad input   75 saved and wants to be started again   130 interrupted
 """
 
+OTHER_PYTHON = "activate the environment that has ssm_train, or install it: pip install -e ."
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Only our own errors keep a traceback."""
     try:
+        check_python()
         return run(argv)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ssm_train"):
+            raise
+        return refuse(InputError(f"{sys.executable} has no {error.name}; {OTHER_PYTHON}"))
     except InputError as error:
         return refuse(error)
     except KeyboardInterrupt:
@@ -36,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(refusal)
 
 
+def check_python() -> None:
+    """What is imported up to here has to load in older Pythons too."""
+    if sys.version_info < (3, 11):  # noqa: UP036
+        version = ".".join(map(str, sys.version_info[:3]))
+        raise InputError(f"{sys.executable} is Python {version}, not 3.11 to 3.13; {OTHER_PYTHON}")
+
+
 def run(argv: Sequence[str] | None) -> int:
     # Read when torch is loaded: threads that wait without spinning, so that busy cores stay usable.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -43,7 +57,8 @@ def run(argv: Sequence[str] | None) -> int:
     arguments, rest = build_parser().parse_known_args(argv)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     if unknown := [word for word in rest if word not in overrides]:
-        raise InputError(f"unknown argument {unknown[0]!r}; see `ssm-train --help`")
+        hint = commands.way_out(unknown[0], arguments.command)
+        raise InputError(f"unknown argument {unknown[0]!r}; {hint}")
     if overrides and arguments.command != "train":
         raise InputError(f"{overrides[0]!r}: only `ssm-train train` takes key=value")
     arguments.rest = overrides
@@ -74,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"ssm_train {__version__}")
     subparsers = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=Parser
     )
@@ -104,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         "eval",
         commands.evaluate,
         "Evaluate a run. Prints the loss and the task's metrics.",
-        "ssm-train eval output/benchmark/quickstart_seed42/gla_lora --split test",
+        "ssm-train eval output/quickstart/quickstart_seed42/gla_lora --split test",
     )
     add_run_arguments(evaluate_)
     evaluate_.add_argument("--data", help="other data than the run's (name or path)")
@@ -115,7 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
         "generate",
         commands.generate,
         "Generate with a run's model. Prints one continuation per prompt.",
-        'ssm-train generate output/benchmark/quickstart_seed42/gla_lora --prompt "name : aromi"',
+        "ssm-train generate output/quickstart/quickstart_seed42/gla_lora --prompt "
+        '"port : gdansk | kind : clipper | cargo : wine | ship : kestrel | colour : blue =>"',
     )
     add_run_arguments(generate_)
     generate_.add_argument("--prompt", action="append", default=[], help="repeat for several")
@@ -132,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.merge,
         "Merge a run's adapter. Writes full weights that any transformers install loads, or\n"
         "mamba_ssm, once it is shown that they compute the same.",
-        "ssm-train merge output/benchmark/quickstart_seed42/mamba_lora --out merged/",
+        "ssm-train merge output/quickstart/quickstart_seed42/mamba_lora --out merged/",
     )
     add_run_arguments(merge_, device="cpu")  # kernels of a GPU multiply fp32 in TF32
     merge_.add_argument("--out", type=Path, required=True, help="directory for the weights")
@@ -154,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
         "plot",
         commands.plot,
         "Plot losses and metrics of runs. Draws all runs into one PNG.",
-        "ssm-train plot output/benchmark/quickstart_seed42/* --out compare.png",
+        "ssm-train plot output/quickstart/quickstart_seed42/* --out compare.png",
     )
     plot_.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     plot_.add_argument(
@@ -166,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.report,
         "Compare runs in one table. Prints a row a run, the best first, and writes the table as\n"
         "text and CSV, and a PNG of the main metrics.",
-        "ssm-train report output/benchmark --out compare",
+        "ssm-train report output/quickstart --out compare",
     )
     report_.add_argument(
         "directories", nargs="+", type=Path, metavar="DIR", help="a run, or a directory above runs"
@@ -178,26 +195,29 @@ def build_parser() -> argparse.ArgumentParser:
     plan_ = add(
         "plan",
         commands.plan,
-        "Count the GPU memory of a run before it starts: weights, optimizer, activations, logits,\n"
-        "and the largest batch that fits; with --gpus also what each engine holds on each of them\n"
-        "and sends between them. Needs no GPU, no weights and no data.",
+        "Count the GPU memory of a run before it starts. Lists weights, optimizer, activations,\n"
+        "logits, and the largest batch that fits; with --gpus also what each engine holds on each\n"
+        "of them and sends between them. Needs no GPU, no weights (of a model only its\n"
+        "config.json) and no data.",
         "ssm-train plan --cfg cfg/warmup/gla_1.3b_packed.yaml --gib 79.2 --gpus 64 --net 50",
     )
     plan_.add_argument(
         "--cfg", type=Path, required=True, metavar="FILE", help="run config (.yaml or .json)"
     )
     plan_.add_argument(
-        "--gib", type=float, help="memory of the GPU (default: that of the one here, else 79.2)"
+        "--gib", type=amount, help="memory of the GPU (default: that of the one here, else 79.2)"
     )
-    plan_.add_argument("--gpus", type=commands.positive, metavar="N", help="that train together")
     plan_.add_argument(
-        "--net", type=amount, metavar="GB/s", help="that each GPU can send to the others"
+        "--gpus", type=commands.positive, metavar="N", help="GPUs that train together"
+    )
+    plan_.add_argument(
+        "--net", type=amount, metavar="GB/s", help="what each GPU can send to the others"
     )
     plan_.add_argument(
         "--step-seconds",
         type=amount,
         metavar="S",
-        help="of an optimizer step on one GPU, to compare with",
+        help="seconds of an optimizer step on one GPU, to compare with",
     )
 
     warmup_ = add(
@@ -214,7 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--processes",
         type=commands.positive,
         metavar="N",
-        help="that compile (default: cores - 2, up to 16)",
+        help="processes that compile (default: cores - 2, up to 16)",
     )
     warmup_.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write instead")
 
@@ -244,7 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Repeat a run from its record. Says what differs (versions, hardware, data), trains in a\n"
         "new directory, and compares the first losses with those recorded; exits 1 where they\n"
         "differ.",
-        "ssm-train rerun output/benchmark/quickstart_seed42/gla_lora",
+        "ssm-train rerun output/quickstart/quickstart_seed42/gla_lora",
     )
     rerun_.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
     rerun_.add_argument("--out", type=Path, help="new directory (default: RUN_DIR-rerun)")
@@ -253,10 +273,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=commands.positive,
         default=20,
         metavar="N",
-        help="of the log, that are compared (default: 20)",
+        help="how many losses of the log are compared (default: 20)",
     )
     rerun_.add_argument(
-        "--whole", action="store_true", help="go on to the end; else it stops there and saves"
+        "--whole",
+        action="store_true",
+        help="train to the end; else the run saves and stops once these losses are there",
     )
 
     add_slurm_arguments(
@@ -315,7 +337,7 @@ def add_slurm_arguments(parser: argparse.ArgumentParser) -> None:
         "of an Accelerate config (default: single for one GPU, else ddp)",
     )
     parser.add_argument(
-        "--cpus-per-gpu", type=commands.positive, default=8, metavar="N", help="default: 8"
+        "--cpus-per-gpu", type=commands.positive, default=8, metavar="N", help="cores (default: 8)"
     )
     for name in ("partition", "account", "qos"):
         parser.add_argument(f"--{name}", help="default: the cluster's")

@@ -45,6 +45,16 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, str]:
     return found
 
 
+def way_out(argument: str, command: str) -> str:
+    """What to do about an unknown argument: a key of the config is given in another way."""
+    from ssm_train.config import RunConfig
+
+    key, _, value = argument.lstrip("-").replace("-", "_").partition("=")
+    if command == "train" and key in RunConfig.model_fields:
+        return f"a key of the config is given without dashes: {key}={value or '...'}"
+    return f"see `ssm-train {command} --help`"
+
+
 def train(arguments: argparse.Namespace) -> int:
     from ssm_train.config import load_config
     from ssm_train.overrides import unread_variables
@@ -78,7 +88,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         print(json.dumps(finite, allow_nan=False))
         return DONE
     for name, value in metrics.items():
-        print(f"{name:<20} {value:.4f}")
+        print(f"{name:<20} {value if isinstance(value, int) else f'{value:.4f}'}")
     return DONE
 
 
@@ -124,8 +134,10 @@ def merge(arguments: argparse.Namespace) -> int:
 def plot(arguments: argparse.Namespace) -> int:
     from ssm_train.record.plot import plot_metrics
 
-    out = arguments.out or arguments.run_dirs[0] / "metrics.png"
-    print(plot_metrics([existing(d, marker="metrics.jsonl") for d in arguments.run_dirs], out))
+    beside = [d for d in arguments.run_dirs if d.is_file()]  # as `*` brings them
+    given = [d for d in arguments.run_dirs if d not in beside] or beside
+    out = arguments.out or given[0] / "metrics.png"
+    print(plot_metrics([existing(d, marker="metrics.jsonl") for d in given], out))
     return DONE
 
 
@@ -268,7 +280,8 @@ def existing(run_dir: Path, marker: str = "cfg.yaml") -> Path:
         warming_up = run_dir / WARMUP
         run_dir = warming_up if (warming_up / marker).is_file() else run_dir
     if not (run_dir / marker).is_file():
-        what = f"holds no {marker}" if run_dir.is_dir() else "does not exist"
+        what = "is a file" if run_dir.is_file() else "does not exist"
+        what = f"holds no {marker}" if run_dir.is_dir() else what
         raise InputError(f"RUN_DIR {run_dir} {what}; give the directory of a finished run")
     return run_dir
 

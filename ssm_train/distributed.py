@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
@@ -195,6 +195,7 @@ def build_accelerator(prec: Precision, device: str) -> Any:
     from accelerate.state import AcceleratorState, PartialState
 
     chosen = select_device(device)
+    check_launch(os.environ)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if prec == "fp16" and on_cpu:
         raise InputError("prec: fp16 needs a GPU (loss scaling); use prec: bf16 or fp32 on a CPU")
@@ -211,6 +212,17 @@ def build_accelerator(prec: Precision, device: str) -> Any:
         )
     check_accelerator(accelerator, device)
     return accelerator
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Raises InputError where a variable promises several processes and no launcher made them."""
+    world = environment.get("WORLD_SIZE", "1")
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if world != "1" and (missing := [name for name in needed if name not in environment]):
+        raise InputError(
+            f"WORLD_SIZE is {world}, but {', '.join(missing)} not set: start several processes "
+            "with torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
 
 
 @contextmanager

@@ -13,22 +13,21 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+from ssm_train import __version__
+
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
 # Distribution -> what it is for, how to install it.
 OPTIONAL = {
     "triton": ("kernels on NVIDIA GPUs; imported by GLA", "pip install triton"),
     "flash-linear-attention": ("the GLA family", "pip install 'flash-linear-attention>=0.6,<0.7'"),
-    "deepspeed": ("ZeRO-1, 2 and 3", "pip install -e '.[deepspeed]'"),
+    "deepspeed": ("ZeRO-1, 2 and 3", "DS_BUILD_OPS=0 pip install -e '.[deepspeed]'"),
     "mamba-ssm": ("fast scans of Mamba-2 on a GPU", "pip install -e '.[mamba]'"),
     "causal-conv1d": ("needed by mamba-ssm for its own models", "pip install -e '.[mamba]'"),
-    "liger-kernel": ("planned: fused losses on NVIDIA GPUs", "pip install -e '.[cuda]'"),
-    "lm-eval": ("planned: standard benchmarks", "pip install -e '.[eval]'"),
     "tensorboard": ("trackers: [tensorboard]", "pip install tensorboard"),
     "wandb": ("trackers: [wandb]", "pip install wandb"),
     "trackio": ("trackers: [trackio]", "pip install trackio"),
     "swanlab": ("trackers: [swanlab]", "pip install swanlab"),
 }
-CUDA_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ def examine() -> dict[str, Any]:
     """Everything, as JSON-able data: `packages`, `devices`, `kernels`."""
     devices = examine_devices()
     return {
+        "ssm_train": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": devices,
@@ -113,7 +113,9 @@ def examine_devices() -> dict[str, Any]:
     elif shutil.which("nvidia-smi") is None:
         found["problem"] = "no NVIDIA GPU"
     elif torch.version.cuda is None:
-        found["problem"] = f"this torch is built without CUDA; {CUDA_TORCH}"
+        found["problem"] = (
+            "this torch is built without CUDA; pytorch.org/get-started says how to install one"
+        )
     else:
         found["problem"] = "torch sees no GPU; see nvidia-smi and CUDA_VISIBLE_DEVICES"
     return found
@@ -171,7 +173,10 @@ def show(findings: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     devices = findings["devices"]
-    console.print(f"Python {findings['python']} on {findings['platform']}", markup=False)
+    console.print(
+        f"ssm_train {findings['ssm_train']}, Python {findings['python']} on {findings['platform']}",
+        markup=False,
+    )
     console.print(f"CPU: {devices['cpus']} cores, {devices['threads']} threads in torch")
     for i, gpu in enumerate(devices["gpus"]):
         console.print(

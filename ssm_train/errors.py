@@ -1,5 +1,7 @@
 """The one error that means "your input, not our code": one line, with the way out, no traceback."""
 
+from __future__ import annotations
+
 import errno
 import os
 import re

@@ -17,6 +17,31 @@ Provenance = dict[str, str]
 """Key, dotted when nested -> "default", "cfg/x.yaml:12", "command line" or "HP_LR"."""
 
 
+NAMES_ELSEWHERE = {
+    "bf16": "prec",
+    "fp16": "prec",
+    "dtype": "prec",
+    "torch_dtype": "prec",
+    "dataset": "data",
+    "epochs": "num_epochs",
+    "lora": "peft",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "metric_for_best_model": "metric_for_best",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "num_train_epochs": "num_epochs",
+    "output_dir": "output_root",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "report_to": "trackers",
+    "scheduler": "lr_scheduler_type",
+    "train_file": "data",
+    "validation_file": "val_data",
+}
+"""What other trainers call a key of ours."""
+
+
 def explain(
     error: ValidationError, schema: type[Settings], document: Document, provenance: Provenance
 ) -> list[str]:
@@ -58,7 +83,10 @@ def _explain_one(
         where = document.where(path[:2])
     if kind in ("extra_forbidden", "invalid_key"):  # the second: of a key that is no text
         known = list(schema.model_fields)
-        hint = near(str(path[-1]), known) or f"; known: {', '.join(sorted(known))}"
+        if (meant := NAMES_ELSEWHERE.get(str(path[-1]))) in known:
+            hint = f"; here it is {meant}"
+        else:
+            hint = near(str(path[-1]), known) or f"; known: {', '.join(sorted(known))}"
         return f"{where}: unknown key {key!r}{hint}"
     field = schema.model_fields[str(path[1]) if nested else head]
     if kind == "missing":

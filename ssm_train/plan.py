@@ -20,7 +20,7 @@ from ssm_train.config import RunConfig
 from ssm_train.errors import InputError
 from ssm_train.loss import LOGITS_AT_ONCE
 from ssm_train.peft.spec import load_peft
-from ssm_train.shape import model_shape
+from ssm_train.shape import VOCABULARY, model_shape, names_vocabulary
 
 GIB = 2**30
 ROOM = 0.92  # of a GPU's memory: the rest is CUDA's own, and what its allocator cannot join
@@ -154,6 +154,8 @@ def describe(plan: Plan, memory: float, cfg: RunConfig) -> Iterator[str]:
     """The lines of `ssm-train plan`; `memory`: bytes of the GPU."""
     share = plan.trained / plan.parameters
     yield f"parameters   {plan.parameters:,}, of which {plan.trained:,} are trained ({share:.2%})"
+    if not names_vocabulary(cfg):
+        yield f"vocabulary   {VOCABULARY:,} ids assumed, as new_model says no vocab_size"
     yield f"weights      {gib(plan.weights)}"
     yield f"optimizer    {gib(plan.training)}, gradients {gib(plan.gradients)}"
     each = plan.per_token + plan.recomputed

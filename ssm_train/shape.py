@@ -22,6 +22,11 @@ def model_shape(cfg: RunConfig) -> dict[str, Any]:
     return {"vocab_size": VOCABULARY, **(cfg.new_model or checkpoint_shape(cfg))}
 
 
+def names_vocabulary(cfg: RunConfig) -> bool:
+    """Whether the size of the vocabulary is known without a tokenizer."""
+    return "vocab_size" in (cfg.new_model or checkpoint_shape(cfg))
+
+
 def checkpoint_shape(cfg: RunConfig) -> Mapping[str, Any]:
     """A checkpoint's configuration as `new_model` takes it."""
     assert cfg.model is not None

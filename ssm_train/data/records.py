@@ -19,6 +19,7 @@ Placed = tuple[str, dict[str, Any]]
 """A record and what an error message calls its place."""
 T = TypeVar("T")
 
+OF_LINES = " (.jsonl is one record a line; a list of records is .json)"
 LONGEST_CELL = 2**31 - 1  # characters of a CSV value; Python's own limit is 131,072
 HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -94,8 +95,8 @@ def _read_jsonl(path: Path) -> Iterator[Numbered]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                record = _parse_json(line, f"{path}:{number}")
-                yield number, _mapping(record, f"{path}:{number}")
+                record = _parse_json(line, f"{path}:{number}", hint=OF_LINES)
+                yield number, _mapping(record, f"{path}:{number}", hint=OF_LINES)
 
 
 def _read_json(path: Path) -> Iterator[Numbered]:
@@ -109,14 +110,15 @@ def _read_json(path: Path) -> Iterator[Numbered]:
         yield number, _mapping(record, f"{path}, record {number}")
 
 
-def _parse_json(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str, hint: str = "") -> Any:
     try:
         values = json.loads(text)
         if HALF_A_CHARACTER.search(text):
             json.dumps(values, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if "\n" in text.strip() else ""
-        hint = " (one record a line is .jsonl)" if line and error.msg == "Extra data" else ""
+        if line and error.msg == "Extra data":
+            hint = " (one record a line is .jsonl)"
         raise InputError(
             f"{where}{line}: malformed JSON at column {error.colno}: {error.msg}{hint}"
         ) from None
@@ -125,9 +127,10 @@ def _parse_json(text: str, where: str) -> Any:
     return values
 
 
-def _mapping(record: Any, where: str) -> dict[str, Any]:
+def _mapping(record: Any, where: str, hint: str = "") -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise InputError(f"{where}: a record is {json_type(record)}; expected {{field: value}}")
+        what = json_type(record)
+        raise InputError(f"{where}: a record is {what}; expected {{field: value}}{hint}")
     return record
 
 

@@ -203,6 +203,9 @@ def resolve_source(
         return _published(name, PUBLISHED[dataset], split, data_root, size)
     path = expand_home(name, key)
     if path.is_file():
+        if split not in SPLITS:
+            known = ", ".join(SPLITS)
+            raise InputError(f"{key}: the file {name} has no split {split!r}; known: {known}")
         return _of_files(name, (path,))
     if path.is_dir():
         return _of_files(name, _files_of_split(path, split))

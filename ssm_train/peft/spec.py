@@ -42,6 +42,8 @@ BOOKKEEPING = {
     *("revision", "runtime_config", "task_type", "modules"),
 }
 
+NOTHING = ("none", "full", "false", "no")  # text in YAML 1.2, and no file of that name
+
 OLD_NAMES = {"sdlora": "SD_LORA"}
 
 PROJECTION_KEYS = {
@@ -129,7 +131,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         return {str(key): value for key, value in read_document(path).values.items()}
     except InputError as error:
-        raise InputError(f"peft: {error}") from None
+        hint = "; for full fine-tuning write null" if str(path).lower() in NOTHING else ""
+        raise InputError(f"peft: {error}{hint}") from None
 
 
 def _name(key: str, places: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ FACTS_FILE = "environment.json"
 PACKAGES = [
     "ssm_train", "torch", "triton", "transformers", "peft", "accelerate", "datasets",
     "safetensors", "tokenizers", "numpy", "flash-linear-attention", "mamba-ssm", "causal-conv1d",
-    "deepspeed", "liger-kernel",
+    "deepspeed",
 ]  # fmt: skip
 # Of environment.json, besides the packages: what a run that is repeated is compared in.
 FACTS = [

@@ -1,6 +1,7 @@
 """Bad input ends in one clear line that names the field, the value and the way out; no traceback,
 no half-written run. One table: a case is a change to a run that works."""
 
+import ast
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 from ssm_train.cli import main
 from ssm_train.commands import BAD_INPUT, DONE
 
+ROOT = Path(__file__).parents[2]
 RECORDS = [{"question": f"a {n} b", "answer": f"{n} c"} for n in ["one", "two", "three", "four"]]
 WORKS: dict[str, Any] = {
     "data": "train.jsonl",
@@ -124,6 +126,8 @@ KEYS = [
         "min_eval_metric_after_epoch",
         "less is better",
     ),  # fmt: skip
+    changed("key of other trainers", {"lr": 1e-3}, "unknown key 'lr'", "here it is learning_rate"),
+    changed("metric of answers", {"metric_for_best": "bleu"}, "'bleu'", "set eval_gen"),
     changed("unknown key like none", {"xyzzy": 1}, "unknown key 'xyzzy'", "learning_rate"),
     changed("text for a number", {"learning_rate": "fast"}, "learning_rate is 'fast'", "a number"),
     changed("fraction for a count", {"batch_size": 4.5}, "batch_size is 4.5", "a whole number"),
@@ -182,13 +186,19 @@ COMMAND_LINE = [
     Case("given twice", ("prec", "twice"), arguments=("--prec", "fp32", "prec=bf16")),
     Case("unknown key=value", ("command line", "'sede'", "'seed'"), arguments=("sede=1",)),
     Case("unknown flag", ("'--overwite'", "--help"), arguments=("--overwite",)),
+    Case("key as a flag", ("'--learning_rate'", "without dashes: learning_rate=..."),
+         arguments=("--learning_rate", "1e-3")),
+    Case("key as a flag of dashes", ("'--batch-size=4'", "dashes: batch_size=4"),
+         arguments=("--batch-size=4",)),
     Case("bad override", ("command line: seed is 'x'", "whole number"), arguments=("seed=x",)),
     Case("no config named", ("--cfg", "--help"), command=("train",)),
     Case("unknown command", ("'trian'", "train"), command=("trian",)),
     Case("variable", ("HP_LR: learning_rate is 'fast'", "a number"), variables={"HP_LR": "fast"}),
     Case("misspelt variable", ("HP_EPOCH", "HP_EPOCHS"), variables={"HP_EPOCH": "1"}),
     Case("variable for nothing", ("HP_PEFT_R", "without peft"), variables={"HP_PEFT_R": "8"}),
+    Case("no launcher", ("WORLD_SIZE is 2", "torchrun"), variables={"WORLD_SIZE": "2"}),
     Case("plot of nothing", ("RUN_DIR nope", "does not exist"), command=("plot", "nope")),
+    Case("eval of a config", ("RUN_DIR run.yaml is a file",), command=("eval", "run.yaml")),
     Case("eval of nothing", ("RUN_DIR .", "cfg.yaml"), command=("eval", ".")),
     Case("no prompts", ("--prompt", "--file"), command=("generate", ".")),
     Case("merge onto files", ("--out . ", "not an empty"), command=("merge", ".", "--out", "."),
@@ -199,6 +209,7 @@ GOOD = '{"question": "q", "answer": "x"}\n'
 DATA = [
     changed("no data file", {"data": "nope.jsonl"}, "nope.jsonl", "data"),
     changed("no data set", {"data": "quikstart"}, "data: quikstart", "'quickstart'"),
+    changed("split of a file", {"val_data_split": "tset"}, "'tset'", "known: train, val, test"),
     changed("no task", {"task": REMOVED}, "task is missing", "docs/data.md"),
     changed("unknown task", {"task": "sst3"}, "'sst3'", "'sst2'"),
     changed("no validation data", {"val_data": REMOVED}, "train.jsonl", "'val'", "set val_data"),
@@ -212,6 +223,16 @@ DATA = [
         "record that is a list",
         *({}, "train.jsonl:2", "a list"),
         files={"train.jsonl": GOOD + "[1]\n"},
+    ),
+    changed(
+        "list of records as lines",
+        *({}, "train.jsonl:1", "a list of records is .json"),
+        files={"train.jsonl": "[" + GOOD.strip() + "]"},
+    ),
+    changed(
+        "records over several lines",
+        *({}, "train.jsonl:1", "malformed JSON", "one record a line"),
+        files={"train.jsonl": json.dumps([{"question": "q", "answer": "x"}], indent=1)},
     ),
     changed(
         "record without the field",
@@ -236,6 +257,11 @@ MODELS = [
         *("no/such-mamba", "model"),
     ),
     changed(
+        "model that is nowhere, without a tokenizer",
+        {"model": "no/such-mamba", "new_model": REMOVED, "tokenizer": REMOVED},
+        *("model: 'no/such-mamba' is not a directory", "check the name"),
+    ),
+    changed(
         "directory without a model",
         {"model": "./empty", "new_model": REMOVED},
         *("empty", "config.json"),
@@ -246,6 +272,7 @@ MODELS = [
 ]
 
 PEFT = [
+    changed("no PEFT", {"peft": "None"}, "None does not exist", "full fine-tuning write null"),
     changed("no PEFT file", {"peft": "nope.json"}, "nope.json", "does not exist"),
     changed(
         "malformed PEFT file",
@@ -349,3 +376,29 @@ def test_the_command_line_says_the_same(name: str, directory: Path) -> None:
 
 def test_there_are_enough_cases() -> None:
     assert len(CASES) >= 40 and len({case.id for case in CASES}) == len(CASES)
+
+
+def test_a_python_without_our_packages_is_one_line(directory: Path) -> None:
+    """`python train.py` outside the environment; -S leaves out what is installed."""
+    command = [sys.executable, "-S", str(ROOT / "train.py"), "--cfg", "run.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    check(
+        Case("bare", ("has no ", "pip install -e .")), result.returncode, result.stderr, directory
+    )
+
+
+def test_an_old_python_is_one_line(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    code = main(["doctor"])
+    case = Case("old", ("is Python 3.9.18, not 3.11 to 3.13", "activate the environment"))
+    check(case, code, capsys.readouterr().err, directory)
+
+
+@pytest.mark.parametrize("name", ["__init__", "cli", "commands", "errors", "secrets"])
+def test_an_old_python_can_read_what_tells_it(name: str) -> None:
+    """`X | None` in a signature would stop it, as would newer syntax."""
+    source = (ROOT / "ssm_train" / f"{name}.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 9))
+    assert "from __future__ import annotations" in source

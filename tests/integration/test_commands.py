@@ -81,6 +81,7 @@ def test_eval_repeats_what_the_run_measured(name, finished, capsys):
     said = dict(line.split() for line in capsys.readouterr().out.splitlines())
     last = metrics(result.run_dir, "val")[-1]
     assert float(said["loss"]) == pytest.approx(last["loss"], abs=1e-3)
+    assert said["tokens"].isdigit()
 
 
 def test_eval_takes_other_data_and_any_split(finished, capsys, tmp_path):
@@ -95,6 +96,8 @@ def test_eval_takes_other_data_and_any_split(finished, capsys, tmp_path):
         tokens[words.replace(str(few), "few")] = json.loads(capsys.readouterr().out)["tokens"]
     assert tokens["--data few"] == tokens["--data few --split test"] < tokens[""]
     assert tokens["--split train"] > tokens["--data few"]
+    assert main(["eval", str(directory), "--split", "tset"]) == BAD_INPUT
+    assert "has no split 'tset'; known: train, val, test" in capsys.readouterr().err
 
 
 def test_generate_says_what_the_predictions_say(finished, capsys, tmp_path):
@@ -130,6 +133,8 @@ def test_plot_and_doctor(finished, capsys, tmp_path):
     out = tmp_path / "both.png"
     command = ["plot", str(result.run_dir), str(run_dir(finished, "gla_lora")), "--out", str(out)]
     assert main(command) == DONE
+    (tmp_path / "report.txt").write_text("beside the runs, as `*` brings it")
+    assert main([*command[:3], str(tmp_path / "report.txt"), *command[3:]]) == DONE
     for png in (out, result.run_dir / "metrics.png"):
         data = png.read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) > 5_000
@@ -138,6 +143,13 @@ def test_plot_and_doctor(finished, capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)
     assert main(["doctor"]) == DONE
     assert "torch" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == DONE
+    assert capsys.readouterr().out == f"ssm_train {ssm_train.__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -495,6 +495,18 @@ def write_real_suite(room: Room, names: list[str], **changes: object) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("script", ["gla_round_new.sh", "gla_tmux_nohup.sh", "gla_batch_tmux.sh"])
+def test_a_python_without_torch_is_one_line(room: Room, script: str) -> None:
+    bare = room.path / "bare"
+    bare.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -S "$@"\n')  # nothing installed
+    bare.chmod(0o755)
+    refused = room.script(script, "E1", PYTHON=str(bare))
+    assert refused.returncode == 1 and not refused.stdout
+    assert refused.stderr == (
+        f"{bare} has no torch; make .venv with make quickstart, or set PYTHON to what has it\n"
+    )
+
+
 def real(room: Room, **variables: str) -> dict[str, str]:
     data, python = str(room.path / "yaml"), sys.executable
     return {"DATA": data, "PYTHON": python, "FORCE_SEED": "11", **variables}

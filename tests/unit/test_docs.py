@@ -21,7 +21,7 @@ from ssm_train.adapters.base import ModelSettings
 from ssm_train.checkpoint import CheckpointSettings
 from ssm_train.cli import build_parser
 from ssm_train.commands import overrides_of
-from ssm_train.config import RunConfig, load_config
+from ssm_train.config import RunConfig, load_config, run_directory
 from ssm_train.data import DataSettings
 from ssm_train.errors import InputError
 from ssm_train.evaluate import EvalSettings
@@ -217,6 +217,34 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for word in words:
             if re.match(r"(tests|benchmarks|cfg)/", word):
                 assert (ROOT / word.partition("::")[0]).exists(), f"{page.name}: {line}"
+
+
+def examples_of_help() -> dict[str, str]:
+    """Command -> the example at the end of its help."""
+    (commands,) = (a.choices for a in build_parser()._actions if a.dest == "command")
+    assert isinstance(commands, dict)
+    return {name: parser.epilog.partition("\n")[2].strip() for name, parser in commands.items()}
+
+
+@pytest.mark.parametrize("command", examples_of_help())
+def test_examples_of_help_are_commands_on_runs_of_the_quickstart(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    _, words = split_command(examples_of_help()[command])
+    arguments = our_arguments(words)
+    assert arguments and arguments[0] == command
+    check_our_command(arguments, {})
+    runs = [
+        run_directory(load_config(ROOT / f"cfg/quickstart/{name}.yaml")[0])
+        for name in ("gla_lora", "mamba_lora")
+    ]
+    directories = [directory for run in runs for directory in (run, *run.parents)]
+    for word in arguments:
+        if word.startswith("output/"):
+            assert any(directory.match(word) for directory in directories), word
+        elif word.startswith("cfg/"):
+            assert (ROOT / word).is_file(), word
 
 
 WRONG_COMMANDS = [

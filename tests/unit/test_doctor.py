@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssm_train import doctor
+from ssm_train import __version__, doctor
 from ssm_train.errors import InputError
 
 GPU = {"gpus": [{"name": "a GPU"}], "problem": None}
@@ -18,6 +18,7 @@ def test_findings_are_json_and_cover_every_family() -> None:
     from ssm_train.adapters.registry import FAMILIES
 
     findings = json.loads(json.dumps(doctor.examine()))
+    assert findings["ssm_train"] == __version__
     assert {kernel["family"] for kernel in findings["kernels"]} == set(FAMILIES)
     for kernel in findings["kernels"]:
         assert kernel["implementation"] != "reference" or kernel["reason"], kernel
@@ -79,6 +80,7 @@ def test_tables_keep_brackets(capsys: pytest.CaptureFixture[str]) -> None:
         {
             "python": "3.11",
             "platform": "Linux",
+            "ssm_train": __version__,
             "devices": devices,
             "packages": [vars(package)],
             "kernels": [vars(kernel)],

@@ -95,13 +95,34 @@ def test_lines_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     config = write(tmp_path, new_model=TINY, peft=LORA)
     assert main(["plan", "--cfg", str(config), "--gib", "1"]) == DONE
     lines = capsys.readouterr().out.splitlines()
-    names = ("parameters", "weights", "optimizer", "activations", "logits", "peak", "largest")
+    names = (
+        "parameters",
+        "vocabulary",
+        "weights",
+        "optimizer",
+        "activations",
+        "logits",
+        "peak",
+        "largest",
+    )
     assert [line.split()[0] for line in lines] == list(names)
+    assert lines[1].endswith("32,000 ids assumed, as new_model says no vocab_size")
     assert lines[-1].split()[1] == "tokens_per_batch"
     assert "fit" not in "".join(lines)
     assert main(["plan", "--cfg", str(config), "--gib", "0.001"]) == DONE
     said = capsys.readouterr().out
     assert "nothing fits" in said and "GiB, which does not fit" in said
+    config = write(tmp_path, new_model=TINY | {"vocab_size": 100}, peft=LORA)
+    for gib, code in (("1", DONE), ("-1", BAD_INPUT), ("0", BAD_INPUT)):
+        assert main(["plan", "--cfg", str(config), "--gib", gib]) == code
+        assert "assumed" not in capsys.readouterr().out
+
+
+def test_the_readme_s_run_can_be_planned(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", readme, re.M | re.S)
+    values = yaml.safe_load(block) | {"new_model": MAMBA, "packing": False, "learning_rate": 1e-3}
+    assert plan(tmp_path, **{k: v for k, v in values.items() if k != "model"}).tokens == 16 * 512
 
 
 def test_padded_rows_need_a_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
