@@ -65,7 +65,12 @@ from ssm_train.record import (
     record_peft,
     replace_directory,
 )
-from ssm_train.record.environment import differing_facts, read_environment
+from ssm_train.record.environment import (
+    Resumption,
+    describe_resumptions,
+    differing_facts,
+    read_environment,
+)
 from ssm_train.record.revisions import hub_commits
 from ssm_train.record.summary import Result
 from ssm_train.resume import find_resume_point
@@ -123,12 +128,14 @@ def run_in(
     if (unfinished := train_base(cfg)) is not None:
         return unfinished
     ready = get_ready(run_dir, cfg, splits, peft, given)
-    claim_directory(ready, peft)
+    claim_directory(ready, peft, changes)
     with ready.stop, hear_others():
         lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
         lines += [*changes, *ready.notes]
         if repeats is not None:
-            differing = differing_facts(read_environment(repeats), read_environment(run_dir))
+            record = read_environment(repeats)
+            lines += [f"{repeats} was {line}" for line in describe_resumptions(record)]
+            differing = differing_facts(record, read_environment(run_dir))
             lines += [f"unlike {repeats}: {line}" for line in differing]
         result = None
         if ready.warms_up:
@@ -230,21 +237,23 @@ def check_warmup(cfg: RunConfig, warmup_steps: int, total_steps: int) -> None:
         )
 
 
-def claim_directory(ready: Ready, peft: PeftSpec | None) -> None:
-    """All ranks. Rank 0 makes the run directory; what can be mended was found before."""
-    claim = partial(write_record, ready, peft)
+def claim_directory(ready: Ready, peft: PeftSpec | None, changes: list[str]) -> None:
+    """All ranks. Rank 0 makes the run directory; what can be mended was found before. `changes`: in
+    words, of a resumed run's config."""
+    claim = partial(write_record, ready, peft, changes)
     distributed.work_together(claim if distributed.is_main() else None)
 
 
-def write_record(ready: Ready, peft: PeftSpec | None) -> None:
+def write_record(ready: Ready, peft: PeftSpec | None, changes: list[str]) -> None:
     """Rank 0."""
     run_dir, cfg = ready.run_dir, ready.cfg
+    resumed = Resumption(ready.found.step if ready.found else 0, changes) if cfg.resume else None
     data = fingerprint(ready.data["train"])
     if cfg.resume:
         check_same_data(run_dir, data)
     create_run_directory(
         run_dir, dump_yaml(cfg), overwrite=cfg.overwrite, new=not (cfg.resume or cfg.overwrite),
-        engine=ready.engine.name, processes=distributed.world_size(),
+        resumed=resumed, engine=ready.engine.name, processes=distributed.world_size(),
         device=str(ready.engine.device), data=data,
         hub_commits=hub_commits(
             cfg, ready.data, ready.base, cfg.revision,

@@ -50,6 +50,8 @@ def read_command(words: list[str]) -> Statement:
             said = yaml.safe_load(Path(flags.config_file).read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError) as error:
             raise InputError(f"Accelerate config {flags.config_file}: {error}") from error
+        if not isinstance(said, dict):
+            raise InputError(f"Accelerate config {flags.config_file}: it holds no keys and values")
     if flags.use_deepspeed:
         said["distributed_type"] = "DEEPSPEED"
     elif flags.use_fsdp:

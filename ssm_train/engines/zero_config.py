@@ -47,6 +47,8 @@ def read_config(path: Path, numbers: Numbers) -> dict[str, Any]:
         given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"DeepSpeed config {path}: {error}") from error
+    if not isinstance(given, dict) or not isinstance(given.get("zero_optimization", {}), dict):
+        raise InputError(f"DeepSpeed config {path}: it has to be an object, and zero_optimization")
     stage = given.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise InputError(f"{path}: zero_optimization.stage is {stage!r}; it has to be 1, 2 or 3")

@@ -55,7 +55,7 @@ def was_started_with(run_dir: Path, config: Path) -> bool:
     place no other suite has had."""
     try:
         return str(config) in read_environment(run_dir)["command"]
-    except (InputError, ValueError, KeyError):
+    except (InputError, KeyError):
         return False
 
 

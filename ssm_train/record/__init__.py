@@ -15,7 +15,13 @@ from typing import Any
 
 from ssm_train.durable import remove, rename, sync, write_atomically, writing
 from ssm_train.errors import InputError
-from ssm_train.record.environment import FACTS_FILE, describe_environment, read_environment
+from ssm_train.record.environment import (
+    FACTS_FILE,
+    Resumption,
+    describe_environment,
+    list_resumptions,
+    read_environment,
+)
 from ssm_train.strict_yaml import read_document
 
 MARKER = "cfg.yaml"
@@ -59,10 +65,16 @@ def check_run_directory(run_dir: Path, *, overwrite: bool, resume: bool) -> None
 
 
 def create_run_directory(
-    run_dir: Path, config_yaml: str, *, overwrite: bool, new: bool = False, **facts: Any
+    run_dir: Path,
+    config_yaml: str,
+    *,
+    overwrite: bool,
+    new: bool = False,
+    resumed: Resumption | None = None,
+    **facts: Any,
 ) -> None:
     """Rank 0. Makes the directory with its marker; with `overwrite` an old run is removed first.
-    `facts` go into `environment.json`, too.
+    `facts` go into `environment.json`, too, and where the run was `resumed`.
 
     Of a run that goes on, the end that it had before is no longer its end. `new`: raises
     InputError where another process has made the directory since it was checked.
@@ -83,6 +95,8 @@ def create_run_directory(
     else:
         write_atomically(marker, config_yaml)
     facts = describe_environment() | facts
+    if resumed:
+        facts["resumed"] = list_resumptions(run_dir, facts, resumed)
     write_atomically(run_dir / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
 
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,41 @@ def read_environment(run_dir: Path) -> dict[str, Any]:
     path = run_dir / FACTS_FILE
     if not path.is_file():
         raise InputError(f"{run_dir} has no {FACTS_FILE}, the record of how it was made")
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record["packages"], dict):
+            return dict(record)
+    except (ValueError, RecursionError, KeyError, TypeError):
+        pass
+    raise InputError(f"{path} is not what a run wrote; remove it to go on without")
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A start that goes on with a run."""
+
+    step: int  # that it goes on from
+    changed: list[str]  # in words: what is other than before
+
+
+def list_resumptions(
+    run_dir: Path, facts: Mapping[str, Any], now: Resumption
+) -> list[dict[str, Any]]:
+    """All of a run so far, for its record, and the one that begins now with these facts."""
+    if not (run_dir / FACTS_FILE).is_file():
+        return [asdict(now)]
+    before = read_environment(run_dir)
+    changed = [*now.changed, *differing_facts(before, facts)]
+    return [*before.get("resumed", []), {"step": now.step, "changed": changed}]
+
+
+def describe_resumptions(record: Mapping[str, Any]) -> list[str]:
+    """A line for each that changed something: what follows is of two runs, so to say."""
+    return [
+        f"resumed at step {one['step']} with other values: {'; '.join(one['changed'])}"
+        for one in record.get("resumed", [])
+        if one["changed"]
+    ]
 
 
 def differing_facts(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

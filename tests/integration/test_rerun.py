@@ -95,10 +95,34 @@ def test_what_cannot_be_repeated_is_refused(tmp_path, capsys):
     assert "trained by 4 processes, and 1 were launched; start with torchrun" in (
         capsys.readouterr().err
     )
+    (run_dir / "environment.json").write_text('{"packages"')
+    assert main(["rerun", str(run_dir)]) == BAD_INPUT
+    assert "environment.json is not what a run wrote" in capsys.readouterr().err
     (run_dir / "environment.json").unlink()
     assert main(["rerun", str(run_dir)]) == BAD_INPUT
     assert "has no environment.json" in capsys.readouterr().err
     assert not run_dir.with_name("run-rerun").exists()
+
+
+def test_what_was_other_after_a_resume_is_in_the_record_and_said(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path, "run", "mamba", peft=LORA)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        run_dir = train(config).run_dir
+    assert "resumed" not in read_environment(run_dir)
+    change_record(run_dir, threads=1000)
+    write_config(tmp_path, "run", "mamba", peft=LORA, max_steps=9)
+    train(config, resume=True)
+    train(config, resume=True)  # of a run that is done, with nothing changed
+    first, second = read_environment(run_dir)["resumed"]
+    assert first["step"] == 4 and second == {"step": 9, "changed": []}
+    assert first["changed"][0] == "resumed with max_steps 9 instead of 8"
+    assert first["changed"][1].startswith("threads: 1000 in the record")
+    capsys.readouterr()
+    assert main(["rerun", str(run_dir)]) == FAILED  # its schedule has 9 steps from the start
+    said = capsys.readouterr().out
+    assert "was resumed at step 4 with other values: resumed with max_steps 9 instead" in said
+    assert said.count(" was resumed at step ") == 1
 
 
 def test_a_run_that_was_stopped_resumed_and_overridden(tmp_path, monkeypatch, capsys):

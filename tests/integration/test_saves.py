@@ -187,8 +187,8 @@ def test_the_last_save_before_a_stop_must_succeed(
     from ssm_train.cli import main
     from ssm_train.train import claim_directory
 
-    def spoil_place(ready, peft):
-        claim_directory(ready, peft)
+    def spoil_place(ready, *others):
+        claim_directory(ready, *others)
         (ready.run_dir / "checkpoints").touch()
 
     monkeypatch.setattr("ssm_train.train.claim_directory", spoil_place)

@@ -179,6 +179,7 @@ def test_numbers_that_agree_are_taken(tmp_path: Path) -> None:
         ({"bf16": {"enabled": True}}, "remove 'bf16'.*need fp32"),
         ({"fp16": {"enabled": "auto"}}, "remove 'fp16'"),
         ({"zero_optimization": {"stage": 0}}, "is 0; it has to be 1, 2 or 3"),
+        ({"zero_optimization": 3}, "has to be an object, and zero_opt"),
     ],
 )
 def test_what_contradicts_the_run(given: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -192,6 +193,12 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(InputError, match=r"broken\.json"):
         read_config(tmp_path / "broken.json", NUMBERS)
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"list\.json: it has to be an object"):
+        read_config(tmp_path / "list.json", NUMBERS)
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(InputError, match=r"list\.yaml: it holds no keys"):
+        read_command(["accelerate", "launch", "--config_file", str(tmp_path / "list.yaml"), "x.py"])
 
 
 def test_a_section_that_is_off_is_no_section(tmp_path: Path) -> None:
