@@ -33,12 +33,13 @@ from ssm_train.data.sources import (
 from ssm_train.data.tasks.task import Task
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.data.vocabulary import build_tokenizer
+from ssm_train.durable import replace_directory
 from ssm_train.errors import InputError, near
 from ssm_train.evaluate import Evaluation
 from ssm_train.generate import Autocast, create_decoder
 from ssm_train.metrics import LOSSES, count_records
 from ssm_train.peft.spec import TWO_STAGES, PeftSpec
-from ssm_train.record import MARKER, replace_directory
+from ssm_train.record import MARKER
 from ssm_train.terminal import say
 
 FIXED_AT_START = (
@@ -191,6 +192,10 @@ def prepare_model(
             read_config(model, cfg.revision)
         if cfg.packing and "packing" not in adapter.traits.supports:
             raise InputError(f"packing: {adapter.name} models cannot be packed; set packing: false")
+        if cfg.gradient_checkpointing and "grad_ckpt" not in adapter.traits.supports:
+            raise InputError(
+                f"gradient_checkpointing: {adapter.name} models cannot recompute layers; remove it"
+            )
         prepared = adapter.prepare(spec)
         prepared.place = place
     if template := find_chat_template(cfg):

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssm_train import distributed
-from ssm_train.checkpoint import digest
 from ssm_train.config import RunConfig, as_recorded, load_config, run_directory
-from ssm_train.durable import write_atomically
+from ssm_train.durable import digest, write_atomically
 from ssm_train.errors import InputError
 from ssm_train.explain import Provenance
 from ssm_train.lock import InUse, own

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ssm_train.durable import (
+    digest,
     remove,
     remove_if_possible,
     rename,
@@ -250,11 +251,6 @@ def read_rng(path: Path, rank: int) -> dict[str, Any]:
     """Random states of one of the ranks that saved it, by library."""
     states: dict[str, Any] = json.loads((path / rng_name(rank)).read_text(encoding="utf-8"))
     return states
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def own_digest(manifest: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -90,6 +91,28 @@ def write_atomically(path: Path, text: str) -> None:
     write_point(f"{path.name} rename synced")
 
 
+@contextmanager
+def replace_directory(path: Path) -> Iterator[Path]:
+    """Rank 0. A directory to write in, which becomes `path` when all is written: no reader, and
+    no later run, finds half of it. Where writing fails, nothing stays."""
+    partial, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with writing(path):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in (*partial.rglob("*"), partial):
+                sync(file)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if path.exists():
+            rename(path, old)
+        rename(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def rename(path: Path, to: Path) -> None:
     """Replaces `to`, if it is a file. A rename whose answer was lost, as NFS loses it, is asked for
     again and finds nothing: it has happened."""
@@ -139,3 +162,9 @@ def appears(path: Path) -> bool:
         with suppress(OSError):
             os.listdir(path.parent)  # which asks the server again
     return path.exists()
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

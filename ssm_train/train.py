@@ -42,7 +42,7 @@ from ssm_train.checkpoint import Checkpoint
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
 from ssm_train.data.fingerprint import fingerprint
 from ssm_train.data.sources import check_data
-from ssm_train.durable import writing
+from ssm_train.durable import replace_directory, writing
 from ssm_train.ending import hear_others
 from ssm_train.engines import build_engine
 from ssm_train.engines.zero_config import Numbers
@@ -63,7 +63,6 @@ from ssm_train.record import (
     check_same_data,
     create_run_directory,
     record_peft,
-    replace_directory,
 )
 from ssm_train.record.environment import (
     Resumption,

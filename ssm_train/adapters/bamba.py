@@ -27,7 +27,7 @@ TRAITS = Traits(
     keep_fp32=("A_log", "D", "dt_bias"),
     no_decay=("A_log", "D", "dt_bias", "norm.weight")
     + ("input_layernorm.weight", "pre_ff_layernorm.weight", "final_layernorm.weight"),
-    supports=frozenset({"cached_decode", "grad_ckpt"}),
+    supports=frozenset({"grad_ckpt"}),
 )
 
 

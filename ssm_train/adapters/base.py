@@ -35,7 +35,7 @@ class Traits:
     no_decay: tuple[str, ...] = ()
     """Parts of names of parameters that never get weight decay."""
     supports: frozenset[str] = frozenset()
-    """Of "packing", "cached_decode", "grad_ckpt"."""
+    """Of "packing" and "grad_ckpt": a run that asks for another one is refused."""
 
 
 class ModelSettings(Settings):

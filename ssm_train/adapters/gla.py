@@ -40,7 +40,7 @@ TRAITS = Traits(
     keep_fp32=("gk_proj.1.bias",),
     no_decay=("gk_proj.1.bias", "attn_norm.weight", "mlp_norm.weight", "norm.weight")
     + ("g_norm.weight", "g_norm_swish_gate.weight"),
-    supports=frozenset({"packing", "cached_decode", "grad_ckpt"}),
+    supports=frozenset({"packing", "grad_ckpt"}),
 )
 
 

@@ -34,7 +34,7 @@ from ssm_train.errors import InputError
 from ssm_train.kernels import implementation
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
-SUPPORTS = frozenset({"packing", "cached_decode", "grad_ckpt"})
+SUPPORTS = frozenset({"packing", "grad_ckpt"})
 NORMS = ("norm.weight", "norm_f.weight")
 
 MAMBA_TRAITS = Traits(

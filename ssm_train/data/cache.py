@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ssm_train.checkpoint import digest
 from ssm_train.data.records import expand_home
 from ssm_train.data.tokens import Chunk
+from ssm_train.durable import digest, replace_directory
 from ssm_train.errors import InputError
 from ssm_train.lock import InUse, own
-from ssm_train.record import replace_directory
 
 EXAMPLES, MANIFEST = "examples.arrow", "manifest.json"
 TOKENS = {

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssm_train.durable import remove, rename, sync, write_atomically, writing
+from ssm_train.durable import remove, write_atomically, writing
 from ssm_train.errors import InputError
 from ssm_train.record.environment import (
     FACTS_FILE,
@@ -153,25 +151,3 @@ def check_same_data(run_dir: Path, data: Mapping[str, Any]) -> None:
         f"--resume: the training data were {counts[0]} when the run began and are others now, "
         f"{counts[1]}; put them back, or start a new run for them"
     )
-
-
-@contextmanager
-def replace_directory(path: Path) -> Iterator[Path]:
-    """Rank 0. A directory to write in, which becomes `path` when all is written: no reader, and
-    no later run, finds half of it. Where writing fails, nothing stays."""
-    partial, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with writing(path):
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            for file in (*partial.rglob("*"), partial):
-                sync(file)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if path.exists():
-            rename(path, old)
-        rename(partial, path)
-    shutil.rmtree(old, ignore_errors=True)

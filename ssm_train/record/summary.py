@@ -11,10 +11,10 @@ from statistics import median
 
 from ssm_train.adapters.base import PeftMethod, Prepared
 from ssm_train.adapters.loading import save_model
-from ssm_train.durable import write_atomically
+from ssm_train.durable import replace_directory, write_atomically
 from ssm_train.evaluate import Row
 from ssm_train.loop import Outcome
-from ssm_train.record import RESULT, WARMUP, replace_directory
+from ssm_train.record import RESULT, WARMUP
 from ssm_train.record.plot import plot_metrics
 
 

@@ -12,9 +12,10 @@ import pytest
 from small_disks import fill
 from tiny_runs import LORA, assert_same_run, metrics, train, write_config
 
-from ssm_train import fit, runlog
+from ssm_train import fit
 from ssm_train.checkpoint import latest_checkpoint
 from ssm_train.cli import main
+from ssm_train.record import runlog
 from ssm_train.record.runlog import RunLog
 
 LONG = {"max_steps": 40, "save_steps": 20, "skip_eval": True}

@@ -15,12 +15,13 @@ from ssm_train import checkpoint, snapshot
 from ssm_train.adapters.base import ModelSpec
 from ssm_train.adapters.loading import save_model
 from ssm_train.adapters.registry import resolve
-from ssm_train.checkpoint import MANIFEST, digest, own_digest
+from ssm_train.checkpoint import MANIFEST, own_digest
 from ssm_train.cli import main
 from ssm_train.commands import BAD_INPUT
 from ssm_train.data.records import read_records
 from ssm_train.data.tasks import build_task
 from ssm_train.data.vocabulary import build_tokenizer
+from ssm_train.durable import digest
 from ssm_train.errors import InputError
 from ssm_train.finished import find_checkpoint
 from ssm_train.launch.plan import parse_seed

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tiny_runs import (
     write_config,
 )
 
+from ssm_train.adapters.bamba import BambaAdapter
 from ssm_train.commands import REQUEUE
 from ssm_train.config import load_config
 from ssm_train.errors import InputError
@@ -241,6 +243,14 @@ def test_a_family_without_packing_is_refused(tmp_path):
     with pytest.raises(InputError, match="packing: bamba models cannot be packed"):
         train(config)
     assert not (tmp_path / "output").exists()
+
+
+def test_a_family_that_cannot_recompute_is_refused(tmp_path, monkeypatch):
+    traits = replace(BambaAdapter.traits, supports=frozenset())
+    monkeypatch.setattr(BambaAdapter, "traits", traits)
+    config = write_config(tmp_path, "run", "bamba", gradient_checkpointing=True)
+    with pytest.raises(InputError, match="gradient_checkpointing: bamba models cannot recompute"):
+        train(config)
 
 
 def test_a_hybrid_trains(tmp_path):

@@ -13,10 +13,11 @@ from ssm_train import checkpoint
 from ssm_train.cli import main
 from ssm_train.commands import BAD_INPUT, DONE
 from ssm_train.config import load_config, run_directory
+from ssm_train.durable import replace_directory
 from ssm_train.errors import InputError
 from ssm_train.launch.slurm import Job, write_job
 from ssm_train.lock import own
-from ssm_train.record import create_run_directory, replace_directory
+from ssm_train.record import create_run_directory
 
 TINY = {"peft": {"peft_type": "LORA", "r": 1}, "max_steps": 2, "save_steps": 1, "skip_eval": True}
 

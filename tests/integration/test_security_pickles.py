@@ -17,10 +17,11 @@ from tiny_runs import write_config
 from ssm_train.adapters.base import ModelSpec
 from ssm_train.adapters.loading import save_model
 from ssm_train.adapters.registry import resolve
-from ssm_train.checkpoint import MANIFEST, digest, own_digest
+from ssm_train.checkpoint import MANIFEST, own_digest
 from ssm_train.cli import main
 from ssm_train.commands import BAD_INPUT, DONE
 from ssm_train.data.vocabulary import build_tokenizer
+from ssm_train.durable import digest
 
 LORA = {"peft_type": "LORA", "r": 1, "target_modules": ["in_proj"]}
 
