@@ -16,6 +16,7 @@ from ssm_train import fit
 from ssm_train.checkpoint import latest_checkpoint
 from ssm_train.cli import main
 from ssm_train.record import runlog
+from ssm_train.record.environment import read_environment
 from ssm_train.record.runlog import RunLog
 
 LONG = {"max_steps": 40, "save_steps": 20, "skip_eval": True}
@@ -109,12 +110,14 @@ def test_a_resume_on_a_full_disk_leaves_the_record_whole(
     disk = disks(tmp_path / "disk")
     config = write_config(tmp_path, "run", "mamba", output_root=str(disk), max_steps=1)
     run_dir = train(config).run_dir
-    names = ("cfg.yaml", "environment.json", "metrics.jsonl")
+    names = ("cfg.yaml", "metrics.jsonl")
     before = {name: (run_dir / name).read_text() for name in names}
+    facts = read_environment(run_dir)
     ballast = fill(disk, 0)
     assert main(["train", "--cfg", str(config), "--resume"]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert {name: (run_dir / name).read_text() for name in before} == before
+    assert read_environment(run_dir) in (facts, facts | {"resumed": [{"step": 1, "changed": []}]})
     ballast.unlink()
     assert main(["train", "--cfg", str(config), "--resume"]) == 0
 
