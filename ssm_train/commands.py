@@ -22,7 +22,7 @@ SWITCHES = {
     "overwrite": "remove an earlier run of this name first",
     "resume": "go on from the newest valid checkpoint",
     "debug": "8 training examples, 2 evaluation examples, one epoch",
-    "lock": "own the run directory: a second process leaves",
+    "lock": "own the run directory from the first moment, on every host",
 }
 VALUES = {
     "model": "hub id, directory, or a run config whose result is the model",

@@ -110,7 +110,7 @@ class RunConfig(
     overwrite: bool = False
     """Remove an earlier run of this name first."""
     lock: bool = False
-    """Own the run directory: a second process leaves."""
+    """Own the run directory from the first moment, and on every host; else while it trains."""
 
 
 def load_config(

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -28,21 +29,35 @@ class InUse(InputError):
 
 
 @contextmanager
-def own(run_dir: Path) -> Iterator[None]:
+def own(run_dir: Path, *, insist: bool = True) -> Iterator[None]:
     """Rank 0. Holds `<run_dir>.lock`, outside the directory, which `--overwrite` removes.
 
-    Raises InUse when a living process of this host, or any process of another one, holds it;
-    InputError when it is this very process, or the file is none of ours or cannot be locked.
+    Raises InUse when a living process of this host holds it, or any process of another one that
+    insists; InputError when it is this very process, or the file is none of ours or cannot be
+    locked. Without `insist` these are no reason to stop: then nothing is held.
     """
     path = lock_path(run_dir)
     if path in OURS:
+        if not insist:
+            yield
+            return
         raise InputError(f"lock: this process owns {run_dir} already; choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with take(path, run_dir) as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = take(path, run_dir)
+    except InUse:
+        raise
+    except (InputError, OSError):
+        if insist:
+            raise
+        yield
+        return
+    with file:
         OURS.add(path)
         try:
             file.truncate(0)
-            json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+            who = {"host": socket.gethostname(), "pid": os.getpid(), "insists": insist}
+            json.dump(who, file)
             file.flush()
             yield
         finally:
@@ -51,8 +66,8 @@ def own(run_dir: Path) -> Iterator[None]:
 
 
 def check_free(run_dir: Path) -> None:
-    """Rank 0 of a run without a lock of its own. Raises as `own` does where another process owns
-    the directory; what a dead one left is removed."""
+    """Rank 0 of a run that does not insist. Raises as `own` does where another process owns the
+    directory; what a dead one left is removed."""
     path = lock_path(run_dir)
     if path.exists() and path not in OURS:
         with own(run_dir):
@@ -70,21 +85,23 @@ def take(path: Path, run_dir: Path) -> IO[str]:
         file = os.fdopen(open_no_link(path), "a+", encoding="utf-8")
         try:
             locked = lock(file, path)
-            host, pid = read_owner(file, path)
+            owner = read_owner(file, path)
         except InputError:
             file.close()
             raise
-        if locked and host in ("", here):
+        elsewhere = owner.host not in ("", here)
+        # Locks may end at a host's border: there what an owner says is believed, if it insists.
+        if locked and not (elsewhere and owner.insists):
             return file
         file.close()
-        if host not in ("", here):  # locks may end at a host's border: what it says is believed
+        if elsewhere:
             raise InUse(
-                f"lock: process {pid} on host {host} owns {run_dir}; wait for it, or remove "
-                f"{path} if it is gone"
+                f"lock: process {owner.pid} on host {owner.host} owns {run_dir}; wait for it, or "
+                f"remove {path} if it is gone"
             )
         time.sleep(SECONDS_BETWEEN)
-    owner = f"process {pid}" if pid else "another process"
-    raise InUse(f"lock: {owner} owns {run_dir}; wait for it, or choose another name")
+    whose = f"process {owner.pid}" if owner.pid else "another process"
+    raise InUse(f"lock: {whose} owns {run_dir}; wait for it, or choose another name")
 
 
 def open_no_link(path: Path) -> int:
@@ -114,16 +131,23 @@ def lock(file: IO[str], path: Path) -> bool:
         return False
 
 
-def read_owner(file: IO[str], path: Path) -> tuple[str, int]:
-    """(host, process id); ("", 0) where nothing is written yet.
+@dataclass(frozen=True)
+class Owner:
+    """Who has written a lock: nobody yet, as long as `host` is empty."""
 
-    Of the open file: to open and close it once more would end our lock.
-    """
+    host: str = ""
+    pid: int = 0
+    insists: bool = False
+
+
+def read_owner(file: IO[str], path: Path) -> Owner:
+    """Of the open file: to open and close it once more would end our lock."""
     file.seek(0)
-    text = file.read()
+    if not (text := file.read()):
+        return Owner()
     try:
-        owner = json.loads(text or '{"host": "", "pid": 0}')
-        return str(owner["host"]), int(owner["pid"])
+        owner = json.loads(text)
+        return Owner(str(owner["host"]), int(owner["pid"]), bool(owner["insists"]))
     except (ValueError, KeyError, TypeError):
         raise InputError(
             f"lock: {path} is no lock of a run; remove it if no run uses the directory"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -127,8 +127,10 @@ def run_in(
     if (unfinished := train_base(cfg)) is not None:
         return unfinished
     ready = get_ready(run_dir, cfg, splits, peft, given)
-    claim_directory(ready, peft, changes)
-    with ready.stop, hear_others():
+    with ExitStack() as held:
+        claim_directory(ready, peft, changes, held)
+        held.enter_context(ready.stop)
+        held.enter_context(hear_others())
         lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
         lines += [*changes, *ready.notes]
         if repeats is not None:
@@ -236,10 +238,16 @@ def check_warmup(cfg: RunConfig, warmup_steps: int, total_steps: int) -> None:
         )
 
 
-def claim_directory(ready: Ready, peft: PeftSpec | None, changes: list[str]) -> None:
-    """All ranks. Rank 0 makes the run directory; what can be mended was found before. `changes`: in
-    words, of a resumed run's config."""
-    claim = partial(write_record, ready, peft, changes)
+def claim_directory(
+    ready: Ready, peft: PeftSpec | None, changes: list[str], held: ExitStack
+) -> None:
+    """All ranks. Rank 0 makes the run directory and owns it as long as `held`; what can be mended
+    was found before. `changes`: in words, of a resumed run's config."""
+
+    def claim() -> None:
+        held.enter_context(own(ready.run_dir, insist=False))
+        write_record(ready, peft, changes)
+
     distributed.work_together(claim if distributed.is_main() else None)
 
 

@@ -4,6 +4,7 @@ exported from the best step, refused when a matrix would train in vain."""
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -177,6 +178,27 @@ def test_sigusr1_exits_with_75_and_the_run_goes_on(tmp_path, bases):
     assert "go on with --resume" in done.stdout
     # A module imported for the first time may draw from Python's own generator; training does not.
     assert_same_run(train(config, resume=True).run_dir, whole.run_dir, unlike={"python"})
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_a_second_process_does_not_train_in_the_directory_of_a_run(flag, tmp_path, monkeypatch):
+    """Also where neither asked for a lock."""
+    config = write_config(tmp_path, "run", "mamba")
+    run_dir = tmp_path / "output" / "train_seed42" / "run"
+    refused = []
+
+    def start_another(_):
+        if run_dir.exists() and not refused:
+            command = [sys.executable, "-m", "ssm_train", "train", "--cfg", str(config), flag]
+            refused.append(subprocess.run(command, capture_output=True, text=True))
+
+    monkeypatch.setattr("ssm_train.fit.show_batches", start_another)
+    train(config)
+    [done] = refused
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: lock: process {os.getpid()} owns {run_dir}; wait")
+    assert len(losses(run_dir)) == 8
+    assert not list(run_dir.parent.glob("*.lock"))
 
 
 # ---------------------------------------------------------------- packing

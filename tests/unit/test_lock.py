@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ssm_train.errors import InputError
-from ssm_train.lock import InUse, check_free, own
+from ssm_train.lock import InUse, check_free, lock_path, own
 
 HOLD = """
 import sys
@@ -64,8 +64,8 @@ def write_lock(run_dir: Path, text: str) -> Path:
     return path
 
 
-def owner(pid: int, host: str | None = None) -> str:
-    return json.dumps({"host": host or socket.gethostname(), "pid": pid})
+def owner(pid: int, host: str | None = None, insists: bool = True) -> str:
+    return json.dumps({"host": host or socket.gethostname(), "pid": pid, "insists": insists})
 
 
 def test_an_owner_writes_who_it_is_and_leaves_nothing(tmp_path: Path) -> None:
@@ -143,6 +143,36 @@ def test_another_host_is_believed(tmp_path: Path) -> None:
         with pytest.raises(InUse, match=f"1 on host elsewhere owns .*remove {lock} if it is gone"):
             refused()
     assert json.loads(lock.read_text())["host"] == "elsewhere"
+
+
+def test_another_host_that_does_not_insist_is_believed_while_it_holds_the_lock(
+    tmp_path: Path,
+) -> None:
+    """Where locks cross hosts; where they end at one, its node may be long gone."""
+    run_dir = tmp_path / "run"
+    with owned_by_another(run_dir):
+        lock_path(run_dir).write_text(owner(1, "elsewhere", insists=False))
+        with pytest.raises(InUse, match="1 on host elsewhere owns"):
+            own(run_dir, insist=False).__enter__()
+    write_lock(run_dir, owner(1, "elsewhere", insists=False))
+    check_free(run_dir)
+    assert not lock_path(run_dir).exists()
+
+
+def test_who_does_not_insist_goes_on_without(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with own(run_dir), own(run_dir, insist=False):
+        assert json.loads(lock_path(run_dir).read_text())["insists"]
+    for text in ("{", '{"host": "x", "pid": 1}'):  # none of ours
+        write_lock(run_dir, text)
+        with own(run_dir, insist=False):
+            assert lock_path(run_dir).read_text() == text
+    with own(tmp_path / "run.lock" / "below", insist=False):  # no directory
+        pass
+    with own(tmp_path / "other", insist=False):
+        refused = start(RACE, tmp_path / "other").communicate("\n\n")[0]
+        assert refused.startswith(f"lock: process {os.getpid()} owns {tmp_path / 'other'}")
+        assert json.loads((tmp_path / "other.lock").read_text())["insists"] is False
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"host": "x"}', '{"host": "x", "pid": "y"}'])
