@@ -43,8 +43,11 @@ def record(
         torch.cuda.set_stream(stream)
         if random:
             after = spare
+        with suppress(RuntimeError):  # gives the pool up if the recording had ended
+            graph.reset()
         with suppress(RuntimeError):  # it had not begun, or had ended
             torch._C._cuda_endAllocateToPool(index, pool)
+        with suppress(RuntimeError):  # it is given up already
             torch._C._cuda_releasePool(index, pool)
         raise NotRecorded(str(error).partition("\n")[0]) from error
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -40,6 +42,7 @@ def test_a_failed_recording_leaves_nothing(random: bool) -> None:
     assert "captur" in reason
     found.append(draw().tolist())
     assert found == expected
+    gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.current_stream() == stream
     assert torch.cuda.memory_reserved() == reserved
