@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,11 +27,22 @@ from ssm_train.errors import InputError
 from ssm_train.generate import Autocast, Decoder, evaluation_mode, read_options
 from ssm_train.scores import OUT_OF_CLASS
 from ssm_train.settings import Settings
+from ssm_train.stop_flag import Interrupted
 from ssm_train.watchdog import beat, unwatched
+
+T = TypeVar("T")
 
 Gather = Callable[[list[Any]], list[Any]]  # all ranks: the lists of every rank, concatenated
 Score = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
 """`Task.score`: answers, right answers and contexts of all examples -> metrics."""
+
+
+Jointly = Callable[[Callable[[], Any]], Any]
+"""All ranks: gives what this rank's part of some work gives, or raises on all of them."""
+
+
+def alone(work: Callable[[], T]) -> T:
+    return work()
 
 
 class EvalSettings(Settings):
@@ -74,22 +85,31 @@ def evaluate_loss(
     token_losses: TokenLosses,
     reduce_sum: Callable[[Tensor], Tensor],
     autocast: Autocast = nullcontext,
+    jointly: Jointly = alone,
 ) -> dict[str, float]:
     """All ranks, each with its own batches. Loss in nats a supervised token, over all processes.
 
     Returns `loss`, `perplexity` = exp(loss) and `tokens` (supervised ones).
     """
+    sums = jointly(lambda: sum_losses(model, batches, token_losses, autocast))
+    loss_sum, tokens = reduce_sum(sums).tolist()
+    assert tokens > 0, "no supervised token in any batch of any process"
+    return loss_metrics(loss_sum, int(tokens))
+
+
+def sum_losses(
+    model: nn.Module, batches: Iterable[Batch], token_losses: TokenLosses, autocast: Autocast
+) -> Tensor:
+    """[2] fp64: this rank's loss and its number of targets."""
     device = next(model.parameters()).device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluation_mode(model):
         for batch in batches:
             with autocast():
                 result = token_losses(model, batch.to(device))
             sums[0] += result.loss
             sums[1] += result.num_targets
-    loss_sum, tokens = reduce_sum(sums).tolist()
-    assert tokens > 0, "no supervised token in any batch of any process"
-    return loss_metrics(loss_sum, int(tokens))
+    return sums
 
 
 def loss_metrics(loss_sum: float, tokens: int) -> dict[str, float]:
@@ -164,13 +184,14 @@ def evaluate_classification(
     score: Score,
     gather: Gather,
     autocast: Autocast = nullcontext,
+    jointly: Jointly = alone,
 ) -> tuple[dict[str, float], list[Choice]]:
     """All ranks, each with its own batches; the same result on each.
 
     `label_ids`, `words` [C]: token and name of each class. An example whose likeliest token is no
     label has no word, so that it counts as wrong. Loss and perplexity come along.
     """
-    mine = choose_labels(model, batches, token_logits, label_ids, autocast)
+    mine = jointly(lambda: choose_labels(model, batches, token_logits, label_ids, autocast))
     choices = gather_in_order(mine, gather)
     values = loss_metrics(math.fsum(c.loss for c in choices), len(choices))
     predictions = ["" if c.out_of_class else words[c.choice] for c in choices]
@@ -218,6 +239,8 @@ def evaluate_generation(
     *,
     rank: int = 0,
     world_size: int = 1,
+    between: Callable[[], None] = beat,
+    jointly: Jointly = alone,
 ) -> tuple[dict[str, float], list[Row]]:
     """All ranks, with all prompts each; the same result on each.
 
@@ -225,7 +248,7 @@ def evaluate_generation(
     `score` must know of the example. Rows are in order.
     """
     mine = slice_of_rank(len(prompts), rank, world_size)
-    answers = decoder(model, [prompts[i] for i in mine])
+    answers = jointly(lambda: decoder(model, [prompts[i] for i in mine], between))
     rows = gather_in_order(
         [
             Row(
@@ -306,35 +329,55 @@ class Evaluation:
     gather: Gather = list
     reduce_sum: Callable[[Tensor], Tensor] = torch.Tensor.clone
 
-    def run(self, model: nn.Module) -> tuple[dict[str, float], list[Row]]:
-        """All ranks. Loss, perplexity and the task's metrics; and what was predicted."""
+    def run(
+        self, model: nn.Module, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[dict[str, float], list[Row]]:
+        """All ranks. Loss, perplexity and the task's metrics; and what was predicted. Raises
+        Interrupted on all where `stop` is true between two batches of one."""
+
+        def between() -> None:
+            beat()
+            if stop():
+                raise Interrupted
+
         everything = range(len(self.dataset))
         task, prompts = self.dataset.task, [self.dataset.prompt_ids(i).tolist() for i in everything]
         if isinstance(task, ClassificationTask):
             values, choices = evaluate_classification(
-                model, self.batches(), self.token_logits, self.dataset.class_ids, task.words,
-                task.score, self.gather, self.autocast,
+                model, self.batches(between), self.token_logits, self.dataset.class_ids, task.words,
+                task.score, self.gather, self.autocast, self.jointly,
             )  # fmt: skip
             return values, describe_choices(
                 choices, self.tokenizer, prompts, self.dataset.class_ids
             )
         values = evaluate_loss(
-            model, self.batches(), self.token_losses, self.reduce_sum, self.autocast
-        )
+            model, self.batches(between), self.token_losses, self.reduce_sum, self.autocast,
+            self.jointly,
+        )  # fmt: skip
         if self.decoder is None or not task.metrics:
             return values, []
         scores, rows = evaluate_generation(
             model, self.decoder, self.tokenizer, prompts,
             [self.dataset.references(i) for i in everything],
             [self.dataset.context(i) for i in everything],
-            task.score, self.gather, rank=self.rank, world_size=self.world_size,
+            task.score, self.gather, rank=self.rank, world_size=self.world_size, between=between,
+            jointly=self.jointly,
         )  # fmt: skip
         return values | scores, rows
 
-    def batches(self) -> Iterator[Batch]:
+    def jointly(self, work: Callable[[], T]) -> T:
+        """See `Jointly`; what is raised is Interrupted."""
+        done: list[T] = []
+        with suppress(Interrupted):
+            done.append(work())
+        if not all(self.gather([bool(done)])):
+            raise Interrupted
+        return done[0]
+
+    def batches(self, between: Callable[[], None]) -> Iterator[Batch]:
         """This rank's examples, each once, in batches of similar lengths."""
         mine = np.array(slice_of_rank(len(self.dataset), self.rank, self.world_size))
         if len(mine):
             for places in batches_by_length(self.dataset.lengths[mine], self.batch_size):
-                beat()
+                between()
                 yield collate(self.dataset, mine[places])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ssm_train import distributed, graphs
+from ssm_train import distributed, graphs, snapshot
 from ssm_train.adapters.base import Batch, LossSum
 from ssm_train.adapters.common import check_dtypes_again
 from ssm_train.assemble import Subject, make_batches
@@ -41,7 +41,7 @@ from ssm_train.record.summary import Result, export_weights, print_summary, writ
 from ssm_train.resume import RunCheckpoints
 from ssm_train.scaling import warn_of_parts
 from ssm_train.schedule import Schedule, plan_schedule
-from ssm_train.stop_flag import StopFlag
+from ssm_train.stop_flag import Interrupted, StopFlag
 from ssm_train.watchdog import beat, watch
 
 
@@ -136,13 +136,18 @@ class Stage:
     """Where the losses of bad steps come from."""
 
     def evaluate(self, step: int, split: str = "val") -> dict[str, float]:
-        """All ranks. Metrics of a split, which the log gets too."""
-        evaluation = self.ready.evaluations[split]
-        with (
-            explain_out_of_memory_in_evaluation(evaluation.batch_size),
-            self.ready.engine.whole() as model,
-        ):
-            values, rows = evaluation.run(model)
+        """All ranks. Metrics of a split, which the log gets too. Raises Interrupted, with random
+        states as before, where a rank is to stop."""
+        evaluation, rng = self.ready.evaluations[split], snapshot.collect_rng()
+        try:
+            with (
+                explain_out_of_memory_in_evaluation(evaluation.batch_size),
+                self.ready.engine.whole() as model,
+            ):
+                values, rows = evaluation.run(model, lambda: bool(self.ready.stop))
+        except Interrupted:
+            snapshot.restore_rng(rng)
+            raise
         self.log.evaluated(step, split, values, rows)
         return values
 
@@ -305,18 +310,24 @@ def fit(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result:
     """All ranks. Trains, evaluates and exports; `lines` are said first."""
     cfg = ready.cfg
     began = time.perf_counter()
+    outcome: Outcome = "stopped"
+    test: dict[str, float] = {}
     with open_stage(ready, "train", ready.schedule, lines) as stage:
         state, log = stage.state, stage.log
-        if "val" in ready.evaluations and cfg.eval_at_start and not state.step:
-            stage.evaluate(0)
-        outcome = stage.train(main_metric, cfg.min_eval_metric_after_epoch)
-        complete = outcome in ("finished", "low_metric")
         after, after_step = state.best, state.best_step
-        if complete and not stage.checkpoints.load_best(state):
-            after, after_step = log.values.get("val", {}), state.step
-        test: dict[str, float] = {}
-        if complete and "test" in ready.evaluations:
-            test = stage.evaluate(after_step or state.step, "test")
+        # Stopped before its first step, a run begins again; in the test, it has a last checkpoint.
+        with suppress(Interrupted):
+            if "val" in ready.evaluations and cfg.eval_at_start and not state.step:
+                stage.evaluate(0)
+            reached = stage.train(main_metric, cfg.min_eval_metric_after_epoch)
+            after, after_step = state.best, state.best_step
+            if reached in ("finished", "low_metric"):
+                if not stage.checkpoints.load_best(state):
+                    after, after_step = log.values.get("val", {}), state.step
+                if "test" in ready.evaluations:
+                    test = stage.evaluate(after_step or state.step, "test")
+            outcome = reached
+        complete = outcome in ("finished", "low_metric")
         seconds = time.perf_counter() - began
     result = Result(
         outcome, ready.run_dir, state.step, main_metric, log.before, after, after_step,

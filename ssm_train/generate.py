@@ -111,8 +111,14 @@ class Decoder:
             if len(prompt) == 0:
                 raise InputError(f"prompt {i} is empty; give at least one token")
 
-    def __call__(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Answers in the order of `prompts`, without end-of-text and what follows it."""
+    def __call__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        between: Callable[[], None] = beat,
+    ) -> list[list[int]]:
+        """Answers in the order of `prompts`, without end-of-text and what follows it. `between` is
+        called before every batch, and may raise."""
         self.check_prompts(prompts)
         answers: list[list[int]] = [[] for _ in prompts]
         with (
@@ -123,7 +129,7 @@ class Decoder:
             quiet_transformers(),
         ):
             for batch in self.batches(prompts):
-                beat()
+                between()
                 decoded = self.decode_batch(model, [prompts[i] for i in batch])
                 for i, answer in zip(batch, decoded, strict=True):
                     answers[i] = answer

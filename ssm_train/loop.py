@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ from ssm_train.health.out_of_memory import BatchTooLarge, cut, explain_out_of_me
 from ssm_train.health.spikes import describe, is_spike, remember
 from ssm_train.optim import OptimSettings, lr_at
 from ssm_train.schedule import Schedule
-from ssm_train.stop_flag import StopFlag
+from ssm_train.stop_flag import Interrupted, StopFlag
 from ssm_train.watchdog import beat
 
 VANISHED_LOSS = 1e-6
@@ -41,6 +41,7 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)  # what a spike is measured by
     rollbacks: int = 0  # times that the run went back to a checkpoint
     passed_over: int = 0  # steps' batches that were left out by it
+    unevaluated: bool = False  # the step's evaluation was due, and given up to stop
     best_step: int | None = None
     best: dict[str, float] = field(default_factory=dict)  # all metrics of the best step
 
@@ -56,7 +57,7 @@ class Training:
     optim: OptimSettings
     prec: distributed.Precision
     log: Callable[[dict[str, float]], None]
-    evaluate: Callable[[int], dict[str, float]] | None  # all ranks; None: never
+    evaluate: Callable[[int], dict[str, float]] | None  # all ranks, may raise Interrupted
     save: Callable[[TrainState], None] | None  # all ranks; None: never
     main_metric: str = "loss"
     higher_is_better: bool = False
@@ -104,6 +105,14 @@ def train(run: Training, state: TrainState) -> Outcome:
     schedule, clock = run.schedule, time.perf_counter()
     unread: list[Report] = []
     spikes: list[tuple[float, int]] = []  # since the last row of the log
+    if run.evaluate and state.unevaluated:  # where it was stopped
+        too_low = evaluate(run, state).too_low
+        if state.unevaluated:
+            return "stopped"
+        if run.save:
+            run.save(state)
+        if too_low:
+            return "low_metric"
     while state.step < schedule.total_steps:
         run.passed_over = state.passed_over
         unread.append(train_step(run, state.step))
@@ -161,16 +170,15 @@ def train(run: Training, state: TrainState) -> Outcome:
         too_low = False
         if run.evaluate and due_eval:  # once in a while, all ranks
             started = time.perf_counter()
-            run.drop_graphs()  # the evaluation needs memory too
-            metrics = run.evaluate(step)
-            due_save |= note_best(run, state, metrics)
-            too_low = below_least_metric(run, step, metrics[run.main_metric])
+            best, too_low = evaluate(run, state, stop)
+            due_save |= best
+            stop |= state.unevaluated
             clock += time.perf_counter() - started
         if run.save and (due_save or stop):  # once in a while, all ranks
             started = time.perf_counter()
             run.save(state)
             clock += time.perf_counter() - started
-        if stop and not last:
+        if stop and (state.unevaluated or not last):
             return "stopped"
         if too_low:
             return "low_metric"
@@ -298,6 +306,28 @@ def on_device(device: torch.device, *values: float) -> torch.Tensor:
     """[n] fp64. Filled there: a copy from the host would wait for the device."""
     options: dict[str, Any] = {"dtype": torch.float64, "device": device}
     return torch.stack([torch.full((), value, **options) for value in values])
+
+
+class Evaluated(NamedTuple):
+    best: bool
+    too_low: bool
+
+
+def evaluate(run: Training, state: TrainState, stop: bool = False) -> Evaluated:
+    """All ranks. Takes the metrics of the step, or leaves it `unevaluated` where all are to stop,
+    or one does meanwhile: the run takes them when it goes on."""
+    assert run.evaluate is not None
+    state.unevaluated = True
+    if stop:
+        return Evaluated(False, False)
+    run.drop_graphs()  # the evaluation needs memory too
+    try:
+        metrics = run.evaluate(state.step)
+    except Interrupted:
+        return Evaluated(False, False)
+    state.unevaluated = False
+    best = note_best(run, state, metrics)
+    return Evaluated(best, below_least_metric(run, state.step, metrics[run.main_metric]))
 
 
 def note_best(run: Training, state: TrainState, metrics: dict[str, float]) -> bool:

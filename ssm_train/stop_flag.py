@@ -10,6 +10,10 @@ import time
 from typing import Any
 
 
+class Interrupted(Exception):
+    """Work was given up, on all ranks, because one of them is to stop."""
+
+
 class StopFlag:
     """Set by SIGTERM, SIGUSR1, SIGUSR2, SIGURG or Ctrl-C; the ranks agree on it through the step's
     status.

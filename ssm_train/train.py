@@ -176,6 +176,8 @@ def get_ready(
     data = {split: load_examples(cfg, subject.prepared.tokenizer, split) for split in splits}
     if peft and not given:
         subject.method = peft.make()
+    if cfg.new_model:  # an adapter begins on a base that is read again as on one that is made
+        distributed.seed_everything(cfg.seed)
     found, notes = begin(run_dir, cfg, subject, inject=given is None)
     method, prepared = subject.method, subject.prepared
     order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)

@@ -114,7 +114,9 @@ def print_summary(result: Result, say: Callable[[str], None]) -> None:
         "finished": f"finished after {result.extent}",
         "stopped": f"stopped and saved after {result.extent}; go on with --resume"
         if last.is_file()
-        else f"stopped after {result.extent}; nothing was saved (no_save)",
+        else f"stopped after {result.extent}; nothing was saved (no_save)"
+        if result.steps
+        else "stopped before the first step; go on with --resume",
         "bad_loss": f"ended after {result.extent}, the last of them bad (max_bad_steps): "
         f"{result.trouble}; lower learning_rate or choose prec: fp32{kept}",
         "low_metric": f"ended after {result.extent}: {name} is below min_eval_metric_after_epoch",

@@ -1,29 +1,38 @@
-"""`signalled_run.py RANK STEP SIGNALS COMMAND ...`: a command line of ssm_train in which one rank
-gets signals, named such as SIGINT+SIGINT, in an optimizer step; after the first one it hangs."""
+"""`signalled_run.py RANK PLACE SIGNALS COMMAND ...`: a command line of ssm_train in which one rank
+gets signals, named such as SIGINT+SIGINT, in an optimizer step (4) or before an evaluation's batch,
+all of them counted (eval-7); after the first one it hangs."""
 
 import os
 import signal
 import sys
 import time
+from itertools import count
 from typing import Any
 
-from ssm_train import fit
+from ssm_train import evaluate, fit
 from ssm_train.cli import main
 from ssm_train.stop_flag import StopFlag
 
 if __name__ == "__main__":
-    rank, step, names, *command = sys.argv[1:]
+    rank, place, names, *command = sys.argv[1:]
     first, *others = (signal.Signals[name] for name in names.split("+"))
-    original = fit.make_batches
+    make, collate, evaluated = fit.make_batches, evaluate.collate, count(1)
 
-    def make_batches(data: Any, order: Any, cfg: Any, k: int) -> Any:
-        if k == int(step) and os.environ["RANK"] == rank:
+    def send(here: str) -> None:
+        if here == place and os.environ["RANK"] == rank:
             os.kill(os.getpid(), first)
             for number in others:
                 time.sleep(StopFlag.SECONDS_OF_ONE + 0.5)
                 os.kill(os.getpid(), number)
                 time.sleep(60)
-        return original(data, order, cfg, k)
 
-    fit.make_batches = make_batches
+    def make_batches(data: Any, order: Any, cfg: Any, k: int) -> Any:
+        send(str(k))
+        return make(data, order, cfg, k)
+
+    def collate_evaluated(*given: Any) -> Any:
+        send(f"eval-{next(evaluated)}")
+        return collate(*given)
+
+    fit.make_batches, evaluate.collate = make_batches, collate_evaluated
     sys.exit(main(command))

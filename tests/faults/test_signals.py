@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from starts import start_two
-from tiny_runs import LORA, assert_same_run, write_config
+from tiny_runs import LORA, assert_same_run, metrics, write_config
 
 from ssm_train.checkpoint import latest_checkpoint, load_checkpoint
 
@@ -60,6 +60,23 @@ def test_one_rank_s_signal_stops_both(
     ended = start_two("-m", "ssm_train.train", "--cfg", config, "--resume")
     assert [code for code, _ in ended] == [0, 0], ended
     # Both ranks' dropout and data went on from the same step.
+    assert_same_run(run_dir, whole, unlike={"python"})
+    survived("a signal to one of two ranks")
+
+
+def test_one_rank_s_signal_in_an_evaluation_stops_both(
+    directory: Path, whole: Path, survived: Callable[..., None]
+) -> None:
+    """Of step 4, which has a batch more on rank 0 than on rank 1; the resumed run takes it."""
+    config = write(directory, "evaluation")
+    ended = start_two(SIGNALLED, 0, "eval-1", "SIGTERM", "train", "--cfg", config)
+    assert [code for code, _ in ended] == [SAVED, SAVED], ended
+    run_dir = whole.with_name(config.stem)
+    path, _ = latest_checkpoint(run_dir)
+    assert path is not None and path.name == "step-00000004"
+    assert metrics(run_dir, "val") == [] != metrics(whole, "val")
+    ended = start_two("-m", "ssm_train.train", "--cfg", config, "--resume")
+    assert [code for code, _ in ended] == [0, 0], ended
     assert_same_run(run_dir, whole, unlike={"python"})
     survived("a signal to one of two ranks")
 
