@@ -30,7 +30,7 @@ from collectives import CollectiveCount
 from throughput import MODELS, SPECIAL, build_model, make_steps
 
 from ssm_train import distributed, scaling
-from ssm_train.engines import build_engine
+from ssm_train.engines import Engine, build_engine
 from ssm_train.engines.zero import Zero
 from ssm_train.engines.zero_config import Numbers
 from ssm_train.loop import Training, train_step
@@ -119,17 +119,37 @@ def measure(
     run.drop_graphs()
     with torch.autograd.set_multithreading_enabled(False), CollectiveCount() as counted:
         train_step(replace(run, cuda_graphs=False), arguments.steps + arguments.warmup)
+    gathered = gather(engine) if arguments.gather else {}
     planned = {part.engine: part for part in scaling.divide(weights, world, 1)}.get(engine.name)
     if isinstance(engine, Zero):
         engine.model.destroy()
     return {
-        "tokens_per_second": median(rates), "peak_gib": peak, "losses": losses,
+        "tokens_per_second": median(rates), "peak_gib": peak, "losses": losses, **gathered,
         "exchanged": dict(counted.sizes),
         "planned": {
             "all_reduce": planned.reduced, "all_gather": planned.gathered,
             "reduce_scatter": planned.scattered,
         } if planned and world > 1 else {},
     }  # fmt: skip
+
+
+def gather(engine: Engine) -> dict[str, float]:
+    """All ranks. What a checkpoint and an evaluation take: seconds, and the peak on this GPU."""
+    found = {}
+    gc.collect()
+    torch.cuda.empty_cache()
+    for name in ("save", "evaluation"):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        if name == "save":
+            (engine.trained(), engine.optimizer_state())
+        else:
+            with engine.whole():
+                pass
+        found[f"{name}_seconds"] = time.perf_counter() - began
+        found[f"{name}_peak_gib"] = peak_memory_gib()
+    return found
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -147,11 +167,22 @@ def work(arguments: argparse.Namespace) -> None:
                     f"{arguments.models[0]} {trains} {engine} on {distributed.world_size()}: "
                     f"{result['tokens_per_second']:,.0f} tokens/s, {result['peak_gib']:.1f} GiB, "
                     f"loss {result['losses'][0]:.4f} to {result['losses'][-1]:.4f}, exchanged "
-                    f"{show(result['exchanged'])}, planned {show(result['planned'])} "
+                    f"{show(result['exchanged'])}, planned {show(result['planned'])}"
+                    f"{show_gathered(result)} "
                     f"({time.perf_counter() - began:.0f} s)",
                     flush=True,
                 )
                 arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def show_gathered(result: Mapping[str, Any]) -> str:
+    if "save_seconds" not in result:
+        return ""
+    parts = [
+        f"{name} {result[f'{name}_seconds']:.1f} s and {result[f'{name}_peak_gib']:.1f} GiB"
+        for name in ("save", "evaluation")
+    ]
+    return ", to gather for " + ", for ".join(parts)
 
 
 def show(sizes: Mapping[str, float]) -> str:
@@ -165,6 +196,8 @@ def launch(model: str, gpus: int, engines: list[str], arguments: argparse.Namesp
     config = ROOT / f"accelerate_configs/one_node/{'ddp' if gpus > 1 else 'single'}_bf16.yaml"
     options = ["--tokens", str(arguments.tokens), "--steps", str(arguments.steps)]
     options += ["--warmup", str(arguments.warmup)]
+    if arguments.gather:
+        options += ["--gather"]
     if arguments.recompute:
         options += ["--recompute", arguments.recompute]
     subprocess.run(
@@ -191,6 +224,7 @@ def main() -> None:
         help="steps before: rows of a shape run and are recorded before they are replayed",
     )  # fmt: skip
     parser.add_argument("--recompute", choices=("mixer", "mlp", "all"), help="to save memory")
+    parser.add_argument("--gather", action="store_true", help="as for a save and an evaluation")
     parser.add_argument("--no-single", action="store_true", help="without one GPU alone")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
