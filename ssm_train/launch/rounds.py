@@ -73,10 +73,8 @@ def make_jobs(plan: Plan, configs: Sequence[str], directory: Path) -> list[Job]:
 
 
 def copy_config(source: Path, directory: Path, data: str) -> tuple[Path, str]:
-    """(a copy under the same name, with `data` unless that is empty; the data in it). Jobs lock
-    their directories, unless the config says otherwise: another suite may want the same ones."""
-    values = {**read_document(source).values}
-    values.setdefault("lock", True)
+    """(a copy under the same name, with `data` unless that is empty; the data in it)."""
+    values = dict(read_document(source).values)
     if data:
         values["data"] = data
     copy = directory / source.name

@@ -126,7 +126,6 @@ def test_what_a_job_is_given(room: Room, run: Callable[..., tuple[int, str, str]
     assert room.seen("a") == {
         "model": "x",
         "data": "glue-tvt_rte",
-        "lock": True,
         "learning_rate": 5e-4,
         "trackers": [],
         "min_eval_metric_after_epoch": {3: 0.5},
