@@ -70,7 +70,7 @@ def check_free(run_dir: Path) -> None:
     directory; what a dead one left is removed."""
     path = lock_path(run_dir)
     if path.exists() and path not in OURS:
-        with own(run_dir):
+        with own(run_dir, insist=False):
             pass
 
 
@@ -122,8 +122,11 @@ def lock(file: IO[str], path: Path) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
+        if not os.fstat(file.fileno()).st_size:
+            path.unlink(missing_ok=True)
         raise InputError(
-            f"lock: {path} cannot be locked ({error.strerror}); run without lock"
+            f"lock: {path} cannot be locked ({error.strerror}); run without lock, or set output_root "
+            "or cache_dir to a file system that has locks"
         ) from None
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

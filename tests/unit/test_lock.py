@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -157,6 +158,24 @@ def test_another_host_that_does_not_insist_is_believed_while_it_holds_the_lock(
     write_lock(run_dir, owner(1, "elsewhere", insists=False))
     check_free(run_dir)
     assert not lock_path(run_dir).exists()
+
+
+def test_a_file_system_without_locks_ends_only_who_insists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    for _ in range(2):
+        with own(tmp_path / "run", insist=False):
+            assert not lock_path(tmp_path / "run").exists()
+        check_free(tmp_path / "run")
+    with pytest.raises(InputError, match=r"cannot be locked \(No locks available\); run without"):
+        own(tmp_path / "run").__enter__()
+    lock_path(tmp_path / "run").touch()  # as a process that was killed leaves it
+    check_free(tmp_path / "run")
+    assert not lock_path(tmp_path / "run").exists()
 
 
 def test_who_does_not_insist_goes_on_without(tmp_path: Path) -> None:
