@@ -125,8 +125,8 @@ def lock(file: IO[str], path: Path) -> bool:
         if not os.fstat(file.fileno()).st_size:
             path.unlink(missing_ok=True)
         raise InputError(
-            f"lock: {path} cannot be locked ({error.strerror}); run without lock, or set output_root "
-            "or cache_dir to a file system that has locks"
+            f"lock: {path} cannot be locked ({error.strerror}); run without lock, or set "
+            "output_root or cache_dir to a file system that has locks"
         ) from None
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
