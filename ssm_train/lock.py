@@ -150,8 +150,10 @@ def read_owner(file: IO[str], path: Path) -> Owner:
         return Owner()
     try:
         owner = json.loads(text)
-        return Owner(str(owner["host"]), int(owner["pid"]), bool(owner["insists"]))
-    except (ValueError, KeyError, TypeError):
+        # Of an earlier version only runs with `lock: true` wrote one.
+        insists = bool(owner.get("insists", True))
+        return Owner(str(owner["host"]), int(owner["pid"]), insists)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             f"lock: {path} is no lock of a run; remove it if no run uses the directory"
         ) from None
