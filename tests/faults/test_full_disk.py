@@ -84,7 +84,7 @@ def test_a_run_ends_with_one_line_and_goes_on_later(
     survived("a disk that is full where a run writes something else")
 
 
-@pytest.mark.parametrize(("free_pages", "file"), [(0, "cfg.yaml"), (1, "environment.json")])
+@pytest.mark.parametrize(("free_pages", "file"), [(1, "cfg.yaml"), (2, "environment.json")])
 def test_a_run_that_cannot_begin_ends_with_one_line(
     free_pages: int,
     file: str,
