@@ -139,7 +139,7 @@ def full_in_the_second_save(
                     return
                 if saves[name] == 1:
                     assert mount_disk(disk)
-                    stack.callback(subprocess.run, ["umount", str(disk)], check=True)
+                    stack.callback(subprocess.run, ["umount", "--lazy", str(disk)], check=True)
                 elif saves[name] == 2:
                     fill(disk, 3)
                 else:

@@ -71,7 +71,6 @@ def lost_moments(run_dir: Path) -> None:
         (other_weight, "checkpoint of step 1: parameter "),
         (lost_moments, "checkpoint of step 1: optimizer state "),
         (other_order, "step 2: examples ["),
-        (other_data, "step 2: "),
     ],
 )
 def test_what_a_resumed_run_does_otherwise_is_named(
@@ -82,6 +81,12 @@ def test_what_a_resumed_run_does_otherwise_is_named(
     difference = verify(cfg, 3, lambda line: None, lambda run: next(once, lambda run: None)(run))
     assert difference is not None and difference.startswith(named), difference
     assert "before the first stop" not in difference
+
+
+def test_other_data_are_refused_by_the_resumed_run(tmp_path: Path) -> None:
+    cfg, _ = load_config(write_config(tmp_path, "run", "mamba", peft=LORA))
+    with pytest.raises(InputError, match="--resume: the training data were .* are others now"):
+        verify(cfg, 3, lambda line: None, other_data)
 
 
 def test_two_processes_that_are_killed_twice_are_the_same(tmp_path: Path) -> None:
