@@ -335,13 +335,14 @@ def fit(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result:
         log.rates, log.rows.get("test") or log.rows.get("val", []),
         skipped_steps=state.skipped_steps, trouble=stage.trouble,
     )  # fmt: skip
-    with ready.engine.for_writing() as model:
-        if complete and model is not None and distributed.is_main():
-            result.exported = export_weights(
-                ready.run_dir, replace(ready.subject.prepared, model=model), ready.subject.method,
-                base_id=ready.base, revision=cfg.revision,
-            )  # fmt: skip
-        distributed.barrier()
+    if complete:
+        with ready.engine.for_writing() as model:
+            if model is not None and distributed.is_main():
+                result.exported = export_weights(
+                    ready.run_dir, replace(ready.subject.prepared, model=model),
+                    ready.subject.method, base_id=ready.base, revision=cfg.revision,
+                )  # fmt: skip
+            distributed.barrier()
     if distributed.is_main():  # rank 0
         write_result(result)
         print_summary(result, log.bar.say)
