@@ -35,7 +35,7 @@ from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.durable import replace_directory
 from ssm_train.errors import InputError, near
-from ssm_train.evaluate import Evaluation
+from ssm_train.evaluation import Evaluation
 from ssm_train.generate import Autocast, create_decoder
 from ssm_train.metrics import LOSSES, count_records
 from ssm_train.peft.spec import TWO_STAGES, PeftSpec

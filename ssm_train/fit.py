@@ -25,7 +25,7 @@ from ssm_train.data.order import Order
 from ssm_train.data.tokens import TokenizedDataset
 from ssm_train.engines import Engine
 from ssm_train.errors import InputError
-from ssm_train.evaluate import Evaluation
+from ssm_train.evaluation import Evaluation
 from ssm_train.health.out_of_memory import explain_out_of_memory_in_evaluation
 from ssm_train.health.preflight import prove_alive
 from ssm_train.loop import Outcome, Training, TrainState, explain_bad_steps, train

@@ -7,7 +7,7 @@ import signal
 import pytest
 from tiny_runs import LORA, SIDES, assert_same_run, metrics, train, write_config
 
-from ssm_train import evaluate
+from ssm_train import evaluation
 from ssm_train.checkpoint import latest_checkpoint
 from ssm_train.cli import main
 from ssm_train.commands import DONE, REQUEUE
@@ -40,7 +40,7 @@ def test_a_stop_in_an_evaluation(case, tmp_path, monkeypatch):
     whole = train(write_config(tmp_path, "whole", "mamba", **changes))
     config = write_config(tmp_path, "stopped", "mamba", **changes)
     seen = []
-    collate = evaluate.collate
+    collate = evaluation.collate
 
     def stop_at(*given):
         seen.append(given)
@@ -49,7 +49,7 @@ def test_a_stop_in_an_evaluation(case, tmp_path, monkeypatch):
         return collate(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "collate", stop_at)
+        patch.setattr(evaluation, "collate", stop_at)
         assert main(["train", "--cfg", str(config)]) == REQUEUE
     assert len(seen) == loss_batches  # it ended before the next one
     run_dir = whole.run_dir.with_name("stopped")
