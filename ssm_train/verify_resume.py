@@ -90,9 +90,9 @@ def verify(
     say: Callable[[str], None],
     meanwhile: Callable[[Path], None] = lambda run_dir: None,
 ) -> str | None:
-    """All ranks of a launch. The first difference in words, or None. `say` and `meanwhile`, which
-    gets the run directory whenever the run is dead, are called on rank 0. Raises InputError for a
-    run that does not begin, or is too short."""
+    """All ranks of a launch. The first difference in words, or None. `meanwhile`: called on rank 0
+    with the run directory whenever the run is dead. Raises InputError for a run that does not
+    begin, or is too short."""
     base = base_run(cfg)
     if base is not None and not (base / "model" / "config.json").is_file():
         raise InputError(f"model: train the base first: ssm-train train --cfg {cfg.model}")

@@ -90,20 +90,18 @@ class Fsdp:
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
         assert self.hollow is not None
-        model = self.hollow.fill({name: full(p) for name, p in self.bare.named_parameters()})
-        try:
+        weights = {name: full(p) for name, p in self.bare.named_parameters()}
+        with self.hollow.filled(weights) as model:
             yield model
-        finally:
-            self.hollow.drain()
 
     # ------------------------------------------------------------ checkpoints
 
     @contextmanager
     def for_writing(self) -> Iterator[nn.Module | None]:
         assert self.hollow is not None
-        tensors = collect((name, full(p)) for name, p in self.bare.named_parameters())
-        yield self.hollow.fill(tensors) if tensors else None
-        self.hollow.drain()
+        weights = collect((name, full(p)) for name, p in self.bare.named_parameters())
+        with self.hollow.filled(weights) if weights else nullcontext() as model:
+            yield model
 
     def trained(self) -> dict[str, Tensor]:
         return collect((name, full(p)) for name, p in self.named.items())

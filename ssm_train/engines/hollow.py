@@ -4,7 +4,8 @@ long as all of them are needed on one process, to evaluate or to write."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +39,11 @@ class HollowModel:
             module._parameters[key] = filled[name]
         return self.model
 
-    def drain(self) -> None:
-        for module, key, _, empty in self.places:
-            module._parameters[key] = empty
+    @contextmanager
+    def filled(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """`fill`, for as long as the context lasts."""
+        try:
+            yield self.fill(tensors)
+        finally:
+            for module, key, _, empty in self.places:
+                module._parameters[key] = empty

@@ -127,11 +127,9 @@ class Zero:
             yield self.bare
             return
         with self._gathered(self.bare.parameters()):
-            model = self.hollow.fill({n: p.data for n, p in self.bare.named_parameters()})
-            try:
+            weights = {name: p.data for name, p in self.bare.named_parameters()}
+            with self.hollow.filled(weights) as model:
                 yield model
-            finally:
-                self.hollow.drain()
 
     # ------------------------------------------------------------ checkpoints
 
@@ -140,9 +138,9 @@ class Zero:
         if self.hollow is None:
             yield self.bare
             return
-        tensors = collect(self._one_by_one())
-        yield self.hollow.fill(tensors) if tensors else None
-        self.hollow.drain()
+        weights = collect(self._one_by_one())
+        with self.hollow.filled(weights) if weights else nullcontext() as model:
+            yield model
 
     def _one_by_one(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.bare.named_parameters():

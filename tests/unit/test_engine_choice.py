@@ -273,12 +273,11 @@ def test_a_hollow_model_is_the_model_while_it_is_filled() -> None:
     hollow = HollowModel(model)
     assert all(p.is_meta for p in hollow.model.parameters())
     assert not any(p.is_meta for p in model.parameters())
-    filled = hollow.fill(dict(model.named_parameters()))
-    assert torch.equal(filled(ids), model(ids)) and torch.equal(filled.kept, model.kept)
-    assert filled[2].weight is filled[0].weight and filled[0].weight is not model[0].weight
-    assert filled[0].weight.data_ptr() == model[0].weight.data_ptr()
-    assert not filled[1].weight.requires_grad and filled[1].bias.requires_grad
-    hollow.drain()
+    with hollow.filled(dict(model.named_parameters())) as filled:
+        assert torch.equal(filled(ids), model(ids)) and torch.equal(filled.kept, model.kept)
+        assert filled[2].weight is filled[0].weight and filled[0].weight is not model[0].weight
+        assert filled[0].weight.data_ptr() == model[0].weight.data_ptr()
+        assert not filled[1].weight.requires_grad and filled[1].bias.requires_grad
     assert all(p.is_meta for p in hollow.model.parameters())
 
 
