@@ -84,12 +84,17 @@ class GradientGraphs:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
+        recording, reason = None, ""
         try:
             recording = Recording(self.gradients, batch, scale, self.pool)
-        except NotRecorded as error:
+        except NotRecorded as error:  # which keeps what was made inside, so it ends here
+            reason = str(error)
+        if recording is None:
             self.off = True
             self.drop()
-            warnings.warn(f"no CUDA graphs, kernels are launched one by one: {error}", stacklevel=2)
+            warnings.warn(
+                f"no CUDA graphs, kernels are launched one by one: {reason}", stacklevel=2
+            )
             return None
         self.held += torch.cuda.memory_reserved() - before
         return recording

@@ -43,12 +43,22 @@ def record(
         torch.cuda.set_stream(stream)
         if random:
             after = spare
-        with suppress(RuntimeError):  # gives the pool up if the recording had ended
+        if has_ended(graph):
             graph.reset()
-        with suppress(RuntimeError):  # it had not begun, or had ended
-            torch._C._cuda_endAllocateToPool(index, pool)
-        with suppress(RuntimeError):  # it is given up already
-            torch._C._cuda_releasePool(index, pool)
+        else:  # what PyTorch took for it stays taken
+            with suppress(RuntimeError):  # it had not begun
+                torch._C._cuda_endAllocateToPool(index, pool)
+                torch._C._cuda_releasePool(index, pool)
         raise NotRecorded(str(error).partition("\n")[0]) from error
     finally:
         generator.graphsafe_set_state(after)
+
+
+def has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether it is whole, be it of the half that was launched before an error that CUDA did not
+    mind. Its pool then is its own to give up, once."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True

@@ -13,7 +13,10 @@ from ssm_train.recording import NotRecorded, record
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("random", [True, False])
-def test_a_failed_recording_leaves_nothing(random: bool) -> None:
+@pytest.mark.parametrize("fault", ["wait", "copy", "bug"])
+def test_a_failed_recording_leaves_nothing(fault: str, random: bool) -> None:
+    """A wait for the device ends it, which CUDA says; a copy to the host PyTorch refuses, and CUDA
+    does not mind; nor does it a fault of Python's."""
     device = torch.device("cuda")
 
     def draw() -> torch.Tensor:
@@ -23,7 +26,12 @@ def test_a_failed_recording_leaves_nothing(random: bool) -> None:
         x = torch.ones(2**24, device=device)  # 64 MiB of the pool
         if random:
             draw()
-        float(x.sum())
+        if fault == "wait":
+            torch.cuda.synchronize()
+        elif fault == "copy":
+            x.tolist()
+        else:
+            raise RuntimeError("not captured")
 
     torch.manual_seed(1)
     expected = [draw().tolist() for _ in range(2)]
