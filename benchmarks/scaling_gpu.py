@@ -70,6 +70,8 @@ def measure(
 ) -> dict[str, Any]:
     """All ranks. Some steps under one engine."""
     settings, full = OptimSettings(learning_rate=1e-5), trains == "full"
+    left = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    assert left < 2**27, f"{left / 2**30:.1f} GiB are left of the engine before"
     with variables_of(engine_name):
         engine = build_engine(
             distributed.build_accelerator("bf16", "auto"), Numbers("bf16", 1, 1, 1.0, full)
@@ -122,7 +124,7 @@ def measure(
     gathered = gather(engine) if arguments.gather else {}
     planned = {part.engine: part for part in scaling.divide(weights, world, 1)}.get(engine.name)
     if isinstance(engine, Zero):
-        engine.model.destroy()
+        engine.close()
     return {
         "tokens_per_second": median(rates), "peak_gib": peak, "losses": losses, **gathered,
         "exchanged": dict(counted.sizes),

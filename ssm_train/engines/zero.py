@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -200,9 +201,20 @@ class Zero:
             with self._gathered(self.bare.parameters()):
                 weights = {n: p.data.clone() for n, p in self.bare.named_parameters()}
             model = self.hollow.fill(weights)
-        self.model.destroy()
-        del self.model, self.optimizer, self.bare, self.named
+        self.close()
         return model
+
+    def close(self) -> None:
+        """Lets go of DeepSpeed's engine and all that it holds."""
+        self.model.destroy()
+        if self.shards_weights:  # its globals keep modules and coordinators for ever: empty ones
+            self._base.state.clear()
+            vars(self.optimizer).clear()
+            for parameter in self.bare.parameters():
+                vars(parameter).clear()
+                parameter.data, parameter.grad = torch.empty(0), None
+        del self.model, self.optimizer, self.bare, self.named
+        gc.collect()  # modules and their hooks hold each other
 
     def _gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
         deepspeed = load_deepspeed(self.device)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import socket
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
@@ -224,6 +225,28 @@ def try_cast(engine: str, config: Path) -> None:
     except AssertionError as error:
         said = str(error)
     config.with_name(f"cast-{os.environ['RANK']}.txt").write_text(said)
+
+
+def try_to_free(engine: str, config: Path) -> None:
+    """Each rank. How many of an engine's tensors live on when a run's second stage has its own."""
+    from ssm_train.engines.zero import Zero
+
+    os.environ.update(environment(engine))
+    close, left = Zero.close, []
+
+    def look(self: Any) -> None:
+        moments = [x for state in self._base.state.values() for x in state.values()]
+        held, weights = (
+            [weakref.ref(x) for x in (*self._parts, *moments)],
+            [*self.bare.parameters()],
+        )
+        moments.clear()
+        close(self)
+        left.append(sum(x() is not None for x in held) + sum(p.numel() for p in weights))
+
+    Zero.close = look
+    train(config)
+    config.with_name(f"left-{os.environ['RANK']}.json").write_text(json.dumps(left))
 
 
 def go_on(engine: str, configs: Sequence[Path]) -> None:

@@ -21,6 +21,7 @@ from engine_runs import (
     spawn,
     try_cast,
     try_raw_reads,
+    try_to_free,
     write,
 )
 from tiny_runs import assert_same_tensors, exported, losses, metrics, train
@@ -140,6 +141,13 @@ def test_a_raw_read_of_a_partitioned_weight_stops_the_run(tmp_path: Path) -> Non
     spawn(try_raw_reads, 2, "zero3", write(tmp_path, "gla_full", 2))
     for rank in (0, 1):
         assert "Error" in (tmp_path / f"raw-{rank}.txt").read_text()
+
+
+def test_a_stage_leaves_nothing_of_its_engine(tmp_path: Path) -> None:
+    """DeepSpeed's globals keep modules of ZeRO-3 and whatever those lead to."""
+    spawn(try_to_free, 2, "zero3", write(tmp_path, "mamba_sparse", 2))
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"left-{rank}.json").read_text()) == [0]
 
 
 @pytest.mark.parametrize(("name", "tensor"), [("gla_lora", "gk_proj.1.bias"), ("mamba_lora", "A_")])
