@@ -12,7 +12,7 @@ from transformers import BambaConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.bamba import modeling_bamba as stock
 
-from ssm_train.adapters import common, loading, ssd_triton
+from ssm_train.adapters import common, head, loading, modules, ssd_triton
 from ssm_train.adapters.base import KernelChoice, ModelSpec, Prepared, Traits
 from ssm_train.adapters.mamba_mixer import CachedMixer, GatedRMSNorm, Mamba2Mixer, RMSNorm
 from ssm_train.kernels import implementation
@@ -65,7 +65,7 @@ class BambaForCausalLM(stock.BambaForCausalLM):
         targets: Tensor | None = None,
         **model_inputs: Any,
     ) -> CausalLMOutputWithPast:
-        """See `common.head_outputs` for what comes back."""
+        """See `head.outputs` for what comes back."""
         assert cu_seqlens is None, "Bamba's attention does not know packed documents"
         outputs = self.model(
             input_ids=input_ids,
@@ -76,7 +76,7 @@ class BambaForCausalLM(stock.BambaForCausalLM):
             use_cache=use_cache,
             **model_inputs,
         )
-        loss, logits = common.head_outputs(
+        loss, logits = head.outputs(
             self,
             outputs.last_hidden_state,
             target_positions=target_positions,
@@ -98,17 +98,17 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     stock.BambaMixer: BambaMixer,
     stock.BambaRMSNorm: BambaRMSNorm,
     stock.BambaRMSNormGated: BambaRMSNormGated,
-    nn.Conv1d: common.CausalConv1d,  # Bamba's only convolutions are the mixers'
+    nn.Conv1d: modules.CausalConv1d,  # Bamba's only convolutions are the mixers'
 }
 
 
 def adopt(model: Any) -> None:
     """Gives transformers' Bamba our forwards, in place; weights and names stay."""
-    common.retype(model, OURS)
+    modules.retype(model, OURS)
     mixers: list[Any] = [m for m in model.modules() if isinstance(m, BambaMixer)]
     for mixer in mixers:
         mixer.norm.group_size = mixer.intermediate_size // mixer.n_groups
-        common.add_sites(mixer, mixer.sites)
+        modules.add_sites(mixer, mixer.sites)
 
 
 class BambaAdapter:
@@ -133,7 +133,7 @@ class BambaAdapter:
         model = loading.load_or_make(stock.BambaForCausalLM, BambaConfig, spec, tokenizer)
         adopt(model)
         for module in model.modules():
-            if isinstance(module, (BambaMixer, common.CausalConv1d, RMSNorm, GatedRMSNorm)):
+            if isinstance(module, (BambaMixer, modules.CausalConv1d, RMSNorm, GatedRMSNorm)):
                 module.kernels = spec.kernels
         model = common.finish(model, spec, tokenizer, self.traits)
         notes = common.choose_stored(kernels, spec.device)

@@ -14,7 +14,7 @@ from fla.models import gla as fla_model
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ssm_train.adapters import common, loading
+from ssm_train.adapters import common, head, loading, modules
 from ssm_train.adapters.base import (
     Kept,
     KernelChoice,
@@ -60,7 +60,7 @@ class GLAForCausalLM(fla_model.GLAForCausalLM):
         logits_to_keep: int | Tensor = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """See `common.head_outputs` for what comes back."""
+        """See `head.outputs` for what comes back."""
         chunks = None
         if cu_seqlens is not None and cu_seqlens.is_cuda:  # once a batch, for all layers
             rows: Any = input_ids if inputs_embeds is None else inputs_embeds
@@ -76,7 +76,7 @@ class GLAForCausalLM(fla_model.GLAForCausalLM):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        loss, logits = common.head_outputs(
+        loss, logits = head.outputs(
             self,
             outputs.last_hidden_state,
             target_positions=target_positions,
@@ -110,12 +110,12 @@ def adopt(model: Any, kernels: KernelChoice | None = None) -> GLAForCausalLM:
     Without `kernels`, modules that are ours already keep their choice; new ones have "auto".
     """
     refuse_what_is_not_covered(model.config.to_dict())
-    common.retype(model, OURS)
+    modules.retype(model, OURS)
     for module in model.modules():
         if isinstance(module, GatedLinearAttention):
-            gate = common.under_adapters(module.gk_proj[1])
-            common.retype(gate, {nn.Linear: common.Fp32BiasLinear})
-            common.add_sites(module, module.sites)
+            gate = modules.under_adapters(module.gk_proj[1])
+            modules.retype(gate, {nn.Linear: modules.Fp32BiasLinear})
+            modules.add_sites(module, module.sites)
         if kernels is not None and type(module) in OURS.values() and hasattr(module, "kernels"):
             module.kernels = kernels
     return model

@@ -20,7 +20,7 @@ from fla.modules.activations import ACT2FN, swiglu
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 from torch import Tensor, nn
 
-from ssm_train.adapters import common
+from ssm_train.adapters import modules
 from ssm_train.adapters.base import KernelChoice
 from ssm_train.adapters.gla_triton import Chunks, packed_gla
 from ssm_train.kernels.causal_conv1d import causal_conv1d
@@ -94,17 +94,17 @@ class ShortConvolution(FlaShortConvolution):
         return y, None if window is None else F.pad(window, (1, 0))
 
 
-class GatedMLP(common.Part, FlaGatedMLP):  # type: ignore[misc]
+class GatedMLP(modules.Part, FlaGatedMLP):  # type: ignore[misc]
     part = "mlp"
     kernels: KernelChoice = "auto"
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         """SwiGLU through the down_proj module, whose LoRA stock fla's fused form would miss."""
-        gate, up = common.project(x, self.gate_proj, self.up_proj)
+        gate, up = modules.project(x, self.gate_proj, self.up_proj)
         return self.down_proj(swiglu(gate, up) if uses_triton(self, x) else F.silu(gate) * up)
 
 
-class GatedLinearAttention(common.Part, fla_layer.GatedLinearAttention):  # type: ignore[misc]
+class GatedLinearAttention(modules.Part, fla_layer.GatedLinearAttention):  # type: ignore[misc]
     """Projections, short convolutions, the recurrence o_t = S_t^T q_t with
     S_t = diag(exp g_t) S_(t-1) + k_t v_t^T in each head, norm and output gate."""
 
@@ -112,7 +112,7 @@ class GatedLinearAttention(common.Part, fla_layer.GatedLinearAttention):  # type
     kernels: KernelChoice = "auto"
     dtype_checked = False
     sites = ("forgotten",)
-    """Names of its `common.Site` modules."""
+    """Names of its `modules.Site` modules."""
 
     def forward(
         self,
@@ -124,7 +124,7 @@ class GatedLinearAttention(common.Part, fla_layer.GatedLinearAttention):  # type
         **_: Any,
     ) -> tuple[Tensor, None, Any]:
         if not self.dtype_checked:
-            common.check_fp32(self, ("gk_proj.1.bias",))
+            modules.check_fp32(self, ("gk_proj.1.bias",))
             self.dtype_checked = True
         length, caching = hidden_states.shape[1], past_key_values is not None
         cached = get_layer_cache(self, past_key_values) or {}
@@ -135,7 +135,7 @@ class GatedLinearAttention(common.Part, fla_layer.GatedLinearAttention):  # type
         projections = [self.q_proj, self.k_proj, self.v_proj, self.gk_proj[0]]
         if self.use_output_gate:
             projections.append(self.g_proj)
-        q, k, v, decay, *gate = common.project(hidden_states, *projections)
+        q, k, v, decay, *gate = modules.project(hidden_states, *projections)
         inputs: tuple[Tensor, ...] = q, k, v
         windows = None
         if self.use_short_conv:

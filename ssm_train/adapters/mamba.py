@@ -15,7 +15,7 @@ from transformers import DynamicCache, Mamba2Config, MambaConfig
 from transformers.models.mamba import modeling_mamba as stock1
 from transformers.models.mamba2 import modeling_mamba2 as stock2
 
-from ssm_train.adapters import common, loading, mamba_checkpoint, ssd_triton
+from ssm_train.adapters import common, head, loading, mamba_checkpoint, modules, ssd_triton
 from ssm_train.adapters.base import (
     Kept,
     KernelChoice,
@@ -153,7 +153,7 @@ class Mamba2Model(Backbone, stock2.Mamba2Model):
 
 
 class LanguageModel:
-    """The backbone and its head; see `common.head_outputs` for what is returned when."""
+    """The backbone and its head; see `head.outputs` for what is returned when."""
 
     output_class: type
 
@@ -182,7 +182,7 @@ class LanguageModel:
             attention_mask=attention_mask,
             cu_seqlens=cu_seqlens,
         )
-        loss, logits = common.head_outputs(
+        loss, logits = head.outputs(
             self,
             outputs.last_hidden_state,
             target_positions=target_positions,
@@ -233,14 +233,14 @@ TYPES: dict[type[nn.Module], type[nn.Module]] = {
 
 def adopt(model: nn.Module) -> None:
     """Gives transformers' Mamba or Mamba-2 model our forwards, in place; weights and names stay."""
-    common.retype(model, TYPES)
+    modules.retype(model, TYPES)
     for module in model.modules():
         if isinstance(module, (MambaMixer, Mamba2Mixer)):
-            common.retype(module, {nn.Conv1d: common.CausalConv1d})
-            common.add_sites(module, module.sites)
+            modules.retype(module, {nn.Conv1d: modules.CausalConv1d})
+            modules.add_sites(module, module.sites)
         if isinstance(module, MambaMixer):
-            steps = common.under_adapters(module.dt_proj)
-            common.retype(steps, {nn.Linear: common.Fp32BiasLinear})
+            steps = modules.under_adapters(module.dt_proj)
+            modules.retype(steps, {nn.Linear: modules.Fp32BiasLinear})
         if isinstance(module, Mamba2Mixer):
             module.norm.group_size = module.intermediate_size // module.n_groups
 
@@ -275,7 +275,7 @@ class MambaAdapter:
         model = self._load(spec, tokenizer)
         adopt(model)
         for module in model.modules():
-            if isinstance(module, (CachedMixer, common.CausalConv1d, RMSNorm, GatedRMSNorm)):
+            if isinstance(module, (CachedMixer, modules.CausalConv1d, RMSNorm, GatedRMSNorm)):
                 module.kernels = spec.kernels
         model = common.finish(model, spec, tokenizer, self.traits)
         notes = common.choose_stored(kernels, spec.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.models.mamba import modeling_mamba as stock1
 from transformers.models.mamba2 import modeling_mamba2 as stock2
 
-from ssm_train.adapters import common, ssd_triton
+from ssm_train.adapters import modules, ssd_triton
 from ssm_train.adapters.base import KernelChoice
 from ssm_train.kernels import implementation
 from ssm_train.kernels.rms_norm import gated_rms_norm, rms_norm
@@ -21,31 +21,31 @@ from ssm_train.kernels.selective_scan import selective_scan
 from ssm_train.kernels.ssd import ssd
 
 
-class CachedMixer(common.Part):
+class CachedMixer(modules.Part):
     """What the two mixers share: the dtype check, padding, the convolution and the cache."""
 
     part = "mixer"
 
     fp32_names: tuple[str, ...]
     sites: tuple[str, ...]
-    """Names of its `common.Site` modules, of these:"""
-    log_decay: common.Site
-    skip: common.Site
-    step_bias: common.Site
-    input_matrix: common.Site
-    output_matrix: common.Site
-    extra_states: common.Site
-    initial_window: common.Site
-    initial_state: common.Site
-    initial_context: common.Site
-    offset: common.Site
+    """Names of its `modules.Site` modules, of these:"""
+    log_decay: modules.Site
+    skip: modules.Site
+    step_bias: modules.Site
+    input_matrix: modules.Site
+    output_matrix: modules.Site
+    extra_states: modules.Site
+    initial_window: modules.Site
+    initial_state: modules.Site
+    initial_context: modules.Site
+    offset: modules.Site
     dtype_checked = False
     kernels: KernelChoice = "auto"
     """What runs tensors on a GPU; others always take the reference."""
 
     def _check_dtype(self: Any) -> None:
         if not self.dtype_checked:
-            common.check_fp32(self, self.fp32_names)
+            modules.check_fp32(self, self.fp32_names)
             self.dtype_checked = True
 
     def _find_context(self: Any, hidden: Tensor, cache: Any) -> tuple[Tensor | None, Tensor | None]:

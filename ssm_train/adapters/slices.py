@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssm_train.adapters.common import project
+from ssm_train.adapters.modules import project
 from ssm_train.errors import InputError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssm_train.adapters.common import CausalConv1d, matches
+from ssm_train.adapters.modules import CausalConv1d, matches
 from ssm_train.adapters.slices import cut_slices
 from ssm_train.errors import InputError, near
 from ssm_train.peft.layers import DeltaLayer, OwnLayer, zeros

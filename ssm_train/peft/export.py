@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ssm_train.adapters.base import Traits
-from ssm_train.adapters.common import matches
 from ssm_train.adapters.loading import MISREAD
+from ssm_train.adapters.modules import matches
 from ssm_train.adapters.slices import SlicedLinear
 from ssm_train.errors import InputError
 from ssm_train.peft.cards import adapter_card, is_hub_id

@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ssm_train.adapters.common import (
+from ssm_train.adapters.modules import (
     Fp32BiasLinear,
     autocasts,
     compute_dtype,
@@ -115,7 +115,8 @@ class FusedLoraLinear(Linear):
         """Square norms of the rows of the base weight, computed again where it has changed."""
         weight: Any = self.base_layer.weight
         state = weight.data_ptr(), weight._version
-        if getattr(self, "_squares_of", None) != state:
+        # Trained ones always: DeepSpeed changes them where no version counts.
+        if weight.requires_grad or getattr(self, "_squares_of", None) != state:
             with torch.no_grad():
                 self._squares_found = weight.float().square().sum(1)
             self._squares_of = state

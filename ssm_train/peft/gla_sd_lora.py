@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ssm_train.adapters.common import matches, under_adapters
+from ssm_train.adapters.modules import matches, under_adapters
 from ssm_train.errors import InputError
 from ssm_train.peft.dimensions import Counts
 from ssm_train.peft.layers import OwnLayer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from ssm_train.adapters.common import Fp32BiasLinear, autocasts
+from ssm_train.adapters.modules import Fp32BiasLinear, autocasts
 from ssm_train.errors import InputError
 
 Values = Mapping[str, Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssm_train.adapters.base import Prepared
-from ssm_train.adapters.common import Site, matches
+from ssm_train.adapters.modules import Site, matches
 from ssm_train.adapters.slices import cut_slices, slice_names
 from ssm_train.errors import InputError, near
 from ssm_train.peft.dimensions import Choice, Selection, choose

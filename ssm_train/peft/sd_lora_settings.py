@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from ssm_train.adapters.common import matches
+from ssm_train.adapters.modules import matches
 from ssm_train.errors import near
 from ssm_train.peft.dimensions import Counts, Division, Share, divide
 from ssm_train.peft.sparse import AXIS_OF_CHANNELS

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from ssm_train.adapters.common import autocasts, matches
+from ssm_train.adapters.modules import autocasts, matches
 from ssm_train.errors import InputError
 from ssm_train.peft.dimensions import undecided_indices
 from ssm_train.peft.layer_freeze import SiteDelta, is_named

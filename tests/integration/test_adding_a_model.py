@@ -82,7 +82,7 @@ def test_the_pages_test_passes_and_can_fail(family, monkeypatch):
     exec(compile(source, str(PAGE), "exec"), tests)
     tests["test_logits_equal_stock"]()
     monkeypatch.setattr(
-        family.common, "head_outputs", lambda lm, hidden, **_: (None, lm.lm_head(2 * hidden))
+        family.head, "outputs", lambda lm, hidden, **_: (None, lm.lm_head(2 * hidden))
     )
     with pytest.raises(AssertionError):
         tests["test_logits_equal_stock"]()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_runs import LORA, train, write_config
 
-from ssm_train.adapters import common, gla_mixer, mamba_mixer
+from ssm_train.adapters import gla_mixer, mamba_mixer, modules
 from ssm_train.errors import InputError
 from ssm_train.health.preflight import compiled_length
 from ssm_train.kernels import causal_conv1d, selective_scan, ssd
@@ -54,9 +54,9 @@ def with_other_starts(op: Any, *args: Any, initial_state: Any = None, **options:
     [
         ("gla", gla_mixer, "gla", gla_kernel),
         ("mamba", mamba_mixer, "selective_scan", selective_scan.selective_scan),
-        ("mamba", common, "causal_conv1d", causal_conv1d.causal_conv1d),
+        ("mamba", modules, "causal_conv1d", causal_conv1d.causal_conv1d),
         ("mamba2", mamba_mixer, "ssd", ssd.ssd),
-        ("mamba2", common, "causal_conv1d", causal_conv1d.causal_conv1d),
+        ("mamba2", modules, "causal_conv1d", causal_conv1d.causal_conv1d),
     ],
 )
 def test_a_kernel_that_sees_no_documents_stops_the_run(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssm_train.adapters.common import Fp32BiasLinear, project
+from ssm_train.adapters.modules import Fp32BiasLinear, project
 from ssm_train.kernels.lora_linear import (
     LoraLinear,
     constant_factors,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
-from ssm_train.adapters import common, mamba, mamba_mixer
+from ssm_train.adapters import common, mamba, mamba_mixer, modules
 from ssm_train.adapters.base import Batch, ModelSpec
 from ssm_train.adapters.registry import adopt
 
@@ -242,7 +242,7 @@ def test_bf16_keeps_the_state_space_parameters_in_fp32(
         ModelSpec(new_model={"model_type": family, **sizes, **heads}, dtype=torch.bfloat16)
     ).model
     for name, parameter in model.named_parameters():
-        kept = common.matches(name, adapter.traits.keep_fp32)
+        kept = modules.matches(name, adapter.traits.keep_fp32)
         assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
 
     seen = []

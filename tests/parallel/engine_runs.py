@@ -47,6 +47,7 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba_bf16": ("mamba", {"peft": CALM, "prec": "bf16"}),
     "mamba_inf": ("mamba", {"peft": CALM, "max_steps": 6}),
 }
+FUSED = ("lora_linears", "sum_linear_cross_entropy")  # our operations that read past modules
 # On GPUs a few, by the reference, so that there is no other difference than the engine.
 DEVICE = os.environ.get("SSM_TRAIN_TEST_DEVICE", "cpu")
 ON_GPU = ("gla_lora", "mamba_full", "gla_packed", "mamba_lora", "gla_stopped_full")
@@ -153,36 +154,42 @@ def run_all(engine: str, directory: Path, names: Sequence[str]) -> None:
             stop_in_step(Patch, STOP)  # one rank's signal stops both
         if name == "mamba_inf" and rank == 1:
             spoil_a_loss(step=2)
-        with seen_dtypes(engine) if name == "gla_bf16" else nullcontext(set()) as dtypes:
+        with seen_inside(engine) if name == "gla_bf16" else nullcontext(set()) as seen:
             result = train(directory / f"{name}.yaml")
         (directory / f"{name}-{rank}.json").write_text(
-            json.dumps([result.outcome, result.steps, result.after, result.test, sorted(dtypes)])
+            json.dumps([result.outcome, result.steps, result.after, result.test, sorted(seen)])
         )
 
 
 @contextmanager
-def seen_dtypes(engine: str) -> Iterator[set[str]]:
-    """Those that projections give inside. DeepSpeed switches autocast off around the model there,
-    as it does by itself on a GPU only."""
-    from ssm_train.adapters import common
+def seen_inside(engine: str) -> Iterator[set[str]]:
+    """The dtypes that projections give, and which of our fused operations run. DeepSpeed switches
+    autocast off around the model there, as it does by itself on a GPU only."""
+    from ssm_train.adapters import modules
+    from ssm_train.peft import fused_lora
 
     seen: set[str] = set()
-    project = common.project
+    originals = [(modules, "project"), (modules, FUSED[1]), (fused_lora, FUSED[0])]
+    kept = [(owner, name, getattr(owner, name)) for owner, name in originals]
 
-    def watch(x: Any, *projections: Any) -> Any:
-        outputs = project(x, *projections)
-        seen.update(str(output.dtype) for output in outputs)
-        return outputs
+    def watch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*inputs: Any, **options: Any) -> Any:
+            outputs = function(*inputs, **options)
+            seen.update({name} if name in FUSED else {str(output.dtype) for output in outputs})
+            return outputs
 
-    common.project = watch
+        return run
+
     if engine.startswith("zero"):
         from deepspeed.runtime import engine as deepspeed_engine
 
-        switch, deepspeed_engine.autocast_if_enabled = deepspeed_engine.autocast_if_enabled, off
+        kept.append((deepspeed_engine, "autocast_if_enabled", deepspeed_engine.autocast_if_enabled))
+        deepspeed_engine.autocast_if_enabled = off
+    for owner, name in originals:
+        setattr(owner, name, watch(name, getattr(owner, name)))
     yield seen
-    common.project = project
-    if engine.startswith("zero"):
-        deepspeed_engine.autocast_if_enabled = switch
+    for owner, name, function in kept:
+        setattr(owner, name, function)
 
 
 @contextmanager
@@ -193,10 +200,15 @@ def off(_: Any) -> Iterator[None]:
 
 def try_raw_reads(engine: str, config: Path) -> None:
     """Each rank. What comes of the loss reading the head's weight past its forward."""
-    from ssm_train.adapters import common
+    from ssm_train.adapters import head
 
     os.environ.update(environment(engine))
-    common.is_plain_linear = lambda module: True
+
+    def read(hidden: Any, lm_head: Any, positions: Any, targets: Any) -> torch.Tensor:
+        logits = hidden.flatten(0, 1)[positions] @ head.stored_weight(lm_head).mT
+        return head.sum_cross_entropy(logits, targets)
+
+    head.target_loss = read
     try:
         train(config)
         said = "finished"

@@ -11,6 +11,7 @@ from engine_runs import (
     CASES,
     DEVICE,
     ENGINES,
+    FUSED,
     NAMES,
     ODD,
     cases_of,
@@ -101,9 +102,9 @@ def test_a_bf16_base_under_fp32_adapters(engine: str, name: str, alone: Path, un
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_model_computes_in_the_run_s_precision(engine: str, under) -> None:
+def test_the_model_computes_in_the_run_s_precision_and_by_our_operations(engine, under) -> None:
     for rank in results(under(engine), "gla_bf16"):
-        assert rank[-1] == ["torch.bfloat16"]
+        assert rank[-1] == [*FUSED, "torch.bfloat16"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
