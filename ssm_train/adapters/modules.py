@@ -137,7 +137,9 @@ class LmHead(nn.Linear):
 
 
 def project(x: Tensor, *modules: nn.Module) -> list[Tensor]:
-    """Outputs of modules that read the same x; those that say so (`joins`) are one operation."""
+    """Outputs of modules that read the same x, which is cast once and not by each; those that say
+    so (`joins`) are one operation."""
+    x = x.to(compute_dtype(x))
     lead: Any = next((module for module in modules if hasattr(module, "joins")), None)
     joint = [module for module in modules if lead is not None and lead.joins(module, x)]
     together = dict(zip(joint, lead.forward_together(joint, x), strict=True)) if joint else {}

@@ -262,3 +262,20 @@ def test_a_changed_base_weight_has_other_norms() -> None:
         with torch.no_grad():
             model.base_model.model.q.base_layer.weight.mul_(2)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_an_fp32_input_is_cast_and_kept_once_for_all_its_projections() -> None:
+    kept: dict[int, Tensor] = {}
+
+    def keep(saved: Tensor) -> Tensor:
+        if saved.dtype == torch.bfloat16 and saved.shape == (5, 12):
+            kept[saved.data_ptr()] = saved
+        return saved
+
+    x = 2 * torch.randn(5, 12, requires_grad=True)  # no leaf: autocast keeps casts of those itself
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        project(x, nn.Linear(12, 7), nn.Linear(12, 7, False), Fp32BiasLinear(12, 7))
+    assert len(kept) == 1
