@@ -99,6 +99,27 @@ def test_a_test_split_of_another_task_has_its_own_metrics(tmp_path: Path) -> Non
     assert "mcc" not in result.after and "accuracy" not in result.test
 
 
+@pytest.mark.parametrize("tested", [True, False])
+def test_a_published_data_set_without_test_files_says_so(
+    tested: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data" / "glue" / "cola"
+    folder.mkdir(parents=True)
+    table = pa.Table.from_pylist([{"sentence": f"one {i}", "label": i % 2} for i in range(20)])
+    for split in ("train", "validation") if tested else ("train",):
+        parquet.write_table(table, folder / f"{split}-0.parquet")
+    result = train(
+        write_config(
+            tmp_path, "cola", "mamba", data="glue-tvt_cola", data_root=str(tmp_path / "data"),
+            **WITHOUT_TASK, max_steps=2,
+        )
+    )  # fmt: skip
+    said = [line for line in capsys.readouterr().out.splitlines() if "is tested" in line]
+    assert bool(result.test) == tested == (not said)
+    for line in said:
+        assert f"{folder} has no file for the validation split; expected validation-*" in line
+
+
 def test_spider_is_measured_on_its_databases(tmp_path: Path) -> None:
     folder = tmp_path / "data" / "spider"
     (folder / "database" / "library").mkdir(parents=True)
