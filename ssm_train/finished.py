@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,8 @@ def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
 def evaluate_run(
     run_dir: Path, *, data: str | None, split: str | None, checkpoint: str, device: str
 ) -> dict[str, float]:
-    """Loss and metrics of a run on its own data or other; every example counts, none is dropped."""
+    """Loss and metrics of a run on its own data or other; every example counts, none is
+    too long; blank texts are left out, and said on stderr."""
     changes: dict[str, Any] = {}
     if data is not None or split not in (None, "val", "test"):
         changes = {"val_data": data, "val_data_split": split or "val"}
@@ -110,6 +112,8 @@ def evaluate_run(
     dataset = load_examples(
         cfg, prepared.tokenizer, "test" if split == "test" and not data else "val"
     )
+    for line in dataset.describe_blank():
+        sys.stderr.write(f"{line}\n")
     place = next(prepared.model.parameters()).device
     autocast = partial(distributed.autocast, cfg.prec, place)
     values, _ = build_evaluation(cfg, adapter, dataset, prepared, autocast).run(prepared.model)

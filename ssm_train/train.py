@@ -330,6 +330,7 @@ def describe_start(ready: Ready, provenance: Mapping[str, str]) -> list[str]:
         str(measure_coverage(prepared.model)) if ready.subject.method else "full fine-tuning",
         f"data {counts} examples{too_long}; {schedule.total_steps:,} steps, "
         f"{schedule.steps_per_epoch:,} an epoch",
+        *(line for dataset in data.values() for line in dataset.describe_blank()),
     ]
 
 

@@ -30,6 +30,7 @@ TOKENS = {
     "prompt_length": pa.int64(),
 }
 ANSWERS = {"references": pa.list_(pa.string()), "context": pa.string()}
+LEFT_OUT = ("dropped", "blank", "first_blank")
 ANOTHER_LOOK_SECONDS = 0.5
 
 
@@ -108,7 +109,8 @@ class TokenCache:
             path = directory / EXAMPLES
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
                 for chunk in chunks:
-                    file.write_batch(write_chunk(chunk, schema), {"dropped": str(chunk.dropped)})
+                    left_out = {name: str(getattr(chunk, name)) for name in LEFT_OUT}
+                    file.write_batch(write_chunk(chunk, schema), left_out)
                     examples += len(chunk)
                     tokens += len(chunk.ids)
             manifest = {
@@ -148,6 +150,8 @@ def read_chunk(batch: pa.RecordBatch, metadata: pa.KeyValueMetadata) -> Chunk:
         references=tuple(map(tuple, batch.column("references").to_pylist())) if answers else (),
         contexts=tuple(batch.column("context").to_pylist()) if answers else (),
         dropped=int(metadata["dropped"]),
+        blank=int(metadata["blank"]),
+        first_blank=metadata["first_blank"].decode(),
     )
 
 

@@ -259,8 +259,8 @@ def training_texts(settings: DataSettings) -> Iterator[str]:
     if split_name(settings.data)[0] in GENERATED:
         yield from vocabulary_texts()
     task, records = find_task(settings), find_source(settings, "train").open()
-    for _, example in render_records(task, records.placed(), training=True):
-        yield from (segment.text for segment in example.segments)
+    for _, examples in render_records(task, records.placed(), training=True):
+        yield from (segment.text for example in examples for segment in example.segments)
 
 
 def split_name(name: str) -> tuple[str, int | None]:

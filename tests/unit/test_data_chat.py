@@ -190,7 +190,19 @@ def test_long_text_is_cut_and_every_token_is_learnt_once(tokenizer):
     assert len(evaluated) == 1
 
 
-@pytest.mark.parametrize("text", [None, " ", 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_blank_texts_are_skipped_and_counted(tokenizer, training, monkeypatch):
+    monkeypatch.setattr("ssm_train.data.examples.CHUNK_RECORDS", 2)
+    rows = [{"text": text} for text in ("who", "are", "you", " \n", "", "", "hello")]
+    data = tokenize(CorpusTask(), rows, tokenizer, training=training)
+    assert len(data) == 4 and len(data.chunks) == 4
+    assert data.describe_blank() == ["chats.jsonl: 3 blank text(s) skipped, first chats.jsonl:4"]
+    assert tokenize(CorpusTask(), rows[:3], tokenizer).describe_blank() == []
+    with pytest.raises(InputError, match=r"chats.jsonl: every text is blank"):
+        tokenize(CorpusTask(), rows[3:6], tokenizer, training=training)
+
+
+@pytest.mark.parametrize("text", [None, 3])
 def test_text_that_is_none(tokenizer, text):
     with pytest.raises(InputError, match=r"chats.jsonl:1: field 'text' is .*; expected text"):
         tokenize(CorpusTask(), [{"text": text}], tokenizer)
