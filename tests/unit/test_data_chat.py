@@ -168,6 +168,29 @@ def test_a_template_that_changes_earlier_turns_is_refused(tokenizer):
     assert learnt_text(data, tokenizer) == "a model<|im_end|>"
 
 
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "today {{ date_string }}\n" + CHATML
+)
+
+
+def test_a_template_that_asks_for_the_date_is_refused(tokenizer):
+    tokenizer.chat_template = DATED
+    with pytest.raises(InputError, match=r"chats.jsonl:1: the chat .* today's date .* task.var"):
+        tokenize(bind_template(ChatTask(), tokenizer), [{"messages": CHAT}], tokenizer)
+    given = ChatTask(variables={"date_string": "26 Jul 2024"})
+    data = tokenize(bind_template(given, tokenizer), [{"messages": CHAT}], tokenizer)
+    assert tokenizer.decode(data.example_ids(0)).startswith("today 26 Jul 2024\n<|im_start|>system")
+
+
+@pytest.mark.parametrize("start", ["", "\n", "\n\n", "  ", "{{ 'x' }} \n", "  {# a note #}\n"])
+def test_a_template_is_rendered_as_by_the_tokenizer(tokenizer, start):
+    tokenizer.chat_template = f"{start}{CHATML}{{% if strftime_now is defined %}}!{{% endif %}}"
+    filled = bind_template(ChatTask(), tokenizer).fill(CHAT, answering=True)
+    own = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert filled == own
+
+
 def test_text_is_learnt_but_for_its_first_token(tokenizer):
     rows = [{"text": "who are you"}, {"text": "a model"}]
     data = tokenize(CorpusTask(), rows, tokenizer)
