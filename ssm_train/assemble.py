@@ -26,9 +26,9 @@ from ssm_train.data.batches import collate, pack
 from ssm_train.data.order import Order, PackedOrder, accumulation_for, build_order
 from ssm_train.data.sources import (
     find_chat_template,
-    has_split,
     load_task_data,
     training_texts,
+    why_no_test,
 )
 from ssm_train.data.tasks.task import Task
 from ssm_train.data.tokens import TokenizedDataset
@@ -143,11 +143,13 @@ def describe_measures(cfg: RunConfig, task: Task, main_metric: str) -> str:
     return f"best by {main_metric}{why}"
 
 
-def find_splits(cfg: RunConfig) -> tuple[str, ...]:
-    """Of train, val and test, those that this run reads."""
+def find_splits(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
+    """Of train, val and test, those that this run reads; a line where it tests nothing."""
     if cfg.skip_eval:
-        return ("train",)
-    return ("train", "val", "test") if has_split(cfg, "test") else ("train", "val")
+        return ("train",), []
+    if reason := why_no_test(cfg):
+        return ("train", "val"), [f"nothing is tested at the end: {reason}"]
+    return ("train", "val", "test"), []
 
 
 @dataclass

@@ -59,8 +59,8 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def refuse(error: InputError) -> int:
-    rank = int(os.environ.get("RANK", "0"))
-    who = f"error (rank {rank})" if rank else "error"
+    rank = os.environ.get("RANK", "0")
+    who = "error" if rank == "0" else f"error (rank {rank})"
     for line in str(error).split("\n"):
         print(f"{who}: {printable(redact(line))}", file=sys.stderr)
     return BAD_INPUT

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssm_train.errors import InputError
+from ssm_train.errors import InputError, whole_number
 
 T = TypeVar("T")
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -217,6 +217,14 @@ def build_accelerator(prec: Precision, device: str) -> Any:
 def check_launch(environment: Mapping[str, str]) -> None:
     """Raises InputError where a variable promises several processes and no launcher made them."""
     world = environment.get("WORLD_SIZE", "1")
+    rank = environment.get("RANK", "0")
+    size, number = whole_number(world), whole_number(rank)
+    if size is None or number is None or number >= size:
+        given = world if "WORLD_SIZE" in environment else "not set"
+        raise InputError(
+            f"RANK is {rank}, but WORLD_SIZE is {given}: start several processes with torchrun or "
+            "accelerate launch, or unset RANK and WORLD_SIZE"
+        )
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     if world != "1" and (missing := [name for name in needed if name not in environment]):
         raise InputError(

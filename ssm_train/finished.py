@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from ssm_train.assemble import base_id, build_evaluation, load_examples, prepare
 from ssm_train.bases import check_base, recorded_base
 from ssm_train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, read_pointer
 from ssm_train.config import RunConfig, load_config
+from ssm_train.data.sources import resolve_source
 from ssm_train.errors import InputError, whole_number
 from ssm_train.generate import generate_text
 from ssm_train.peft.sd_lora import SdLoraMethod
@@ -43,9 +45,7 @@ def open_run(
             f"{run_dir} stopped in its warm-up, after which its training begins; go on with "
             "--resume"
         )
-    base = recorded_base(run_dir)
-    cfg, _ = load_config(run_dir / MARKER, {"model": json.dumps(base)} if base else None)
-    cfg = cfg.model_copy(update={"device": device, **changes})
+    cfg = recorded_config(run_dir).model_copy(update={"device": device, **changes})
     accelerator = distributed.build_accelerator(cfg.prec, cfg.device)
     place = str(accelerator.device)
     if cfg.peft is None and checkpoint == "best":
@@ -78,6 +78,11 @@ def open_run(
     return cfg, adapter, prepared, base
 
 
+def recorded_config(run_dir: Path) -> RunConfig:
+    base = recorded_base(run_dir)
+    return load_config(run_dir / MARKER, {"model": json.dumps(base)} if base else None)[0]
+
+
 def exported_weights(run_dir: Path, kind: str) -> Path:
     if not (run_dir / kind).is_dir():
         raise InputError(
@@ -100,16 +105,21 @@ def find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
 def evaluate_run(
     run_dir: Path, *, data: str | None, split: str | None, checkpoint: str, device: str
 ) -> dict[str, float]:
-    """Loss and metrics of a run on its own data or other; every example counts, none is dropped."""
+    """Loss and metrics of a run on its own data or other; every example counts, none is
+    too long; blank texts are left out, and said on stderr."""
     changes: dict[str, Any] = {}
     if data is not None or split not in (None, "val", "test"):
-        changes = {"val_data": data, "val_data_split": split or "val"}
+        began = recorded_config(run_dir)
+        # Another split is one of the training data.
+        name, key = (began.data, "data") if data is None else (data, "--data")
+        changes = {"val_data": name, "val_data_split": split or "val"}
+        resolve_source(name, split or "val", key, began.data_root)  # before the model is loaded
     cfg, adapter, prepared, _ = open_run(run_dir, checkpoint, device, **changes)
-    if changes and data is None:  # another split of the training data
-        cfg = cfg.model_copy(update={"val_data": cfg.data})
     dataset = load_examples(
         cfg, prepared.tokenizer, "test" if split == "test" and not data else "val"
     )
+    for line in dataset.describe_blank():
+        sys.stderr.write(f"{line}\n")
     place = next(prepared.model.parameters()).device
     autocast = partial(distributed.autocast, cfg.prec, place)
     values, _ = build_evaluation(cfg, adapter, dataset, prepared, autocast).run(prepared.model)

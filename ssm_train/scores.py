@@ -101,11 +101,27 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     return BLEU(force=True).corpus_score(list(predictions), streams).score
 
 
+SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+ROUGE_WORD = rf"(?V1)[{SPACELESS}]|[\p{{L}}\p{{M}}\p{{N}}--[{SPACELESS}]]+"
+"""A character of a script without spaces between words; else a run of letters, their marks and
+digits."""
+
+
+class WordsOfAnyScript:
+    """Words of any script; of ASCII text those of rouge_score's own tokenizer, which drops all
+    but a to z and digits."""
+
+    def tokenize(self, text: str) -> list[str]:
+        import regex  # knows scripts and marks, which re does not
+
+        return regex.findall(ROUGE_WORD, text.lower())
+
+
 def rouge(kind: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """ROUGE-1, 2 or L (Lin 2004): mean F-measure, the best reference of each example."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer([kind])
+    scorer = RougeScorer([kind], tokenizer=WordsOfAnyScript())
     scores = [
         scorer.score_multi(list(rs), p)[kind].fmeasure
         for p, rs in zip(predictions, references, strict=True)

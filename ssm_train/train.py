@@ -114,7 +114,7 @@ def run_in(
     cfg = cfg.model_copy(update={"resume": cfg.resume and not first})
     check_run_directory(run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
     check_trackers(cfg.trackers)
-    splits = find_splits(cfg)
+    splits, untested = find_splits(cfg)
     cfg, changes = check_same_run(cfg, run_dir) if cfg.resume else (cfg, [])
     changes += ["--resume: no run is there yet, so this one begins"] if first else []
     task = check_data(cfg, splits)
@@ -132,7 +132,7 @@ def run_in(
         held.enter_context(ready.stop)
         held.enter_context(hear_others())
         lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
-        lines += [*changes, *ready.notes]
+        lines += [*untested, *changes, *ready.notes]
         if repeats is not None:
             record = read_environment(repeats)
             lines += [f"{repeats} was {line}" for line in describe_resumptions(record)]
@@ -330,6 +330,7 @@ def describe_start(ready: Ready, provenance: Mapping[str, str]) -> list[str]:
         str(measure_coverage(prepared.model)) if ready.subject.method else "full fine-tuning",
         f"data {counts} examples{too_long}; {schedule.total_steps:,} steps, "
         f"{schedule.steps_per_epoch:,} an epoch",
+        *(line for dataset in data.values() for line in dataset.describe_blank()),
     ]
 
 

@@ -1,5 +1,5 @@
 """Tokenized examples kept on disk, named by the content they were made from: built once, mapped
-into memory by every process, built again when a byte of them is wrong."""
+into memory by every process, built again when a byte of them is wrong, removed when unused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -19,7 +20,7 @@ import pyarrow as pa
 
 from ssm_train.data.records import expand_home
 from ssm_train.data.tokens import Chunk
-from ssm_train.durable import digest, replace_directory
+from ssm_train.durable import digest, remove_if_possible, replace_directory
 from ssm_train.errors import InputError
 from ssm_train.lock import InUse, own
 
@@ -30,7 +31,9 @@ TOKENS = {
     "prompt_length": pa.int64(),
 }
 ANSWERS = {"references": pa.list_(pa.string()), "context": pa.string()}
+LEFT_OUT = ("dropped", "blank", "first_blank")
 ANOTHER_LOOK_SECONDS = 0.5
+KEPT_SECONDS = 90 * 24 * 3600  # longer than any run: on a network disk it may be another host's
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,14 @@ class TokenCache:
         key = json.dumps(self.made_from, sort_keys=True, ensure_ascii=False)
         return self.root / f"{self.split}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
 
+    def remove_unused(self) -> None:
+        """Removes what no run has begun with for KEPT_SECONDS; on this host one that has goes on
+        with what it mapped."""
+        for directory in self.root.glob(f"*-{'[0-9a-f]' * 20}"):
+            with suppress(OSError):  # another process removes it
+                if directory.stat().st_mtime < time.time() - KEPT_SECONDS:
+                    remove_if_possible(directory)
+
     def make(
         self, build: Callable[[], Iterator[Chunk]], *, answers: bool, say: Callable[[str], None]
     ) -> None:
@@ -62,6 +73,7 @@ class TokenCache:
                     return
                 with own(self.directory):
                     if not self.is_whole(say):
+                        self.remove_unused()
                         self._write(build(), answers)
             except InUse as error:
                 if not waited:
@@ -78,6 +90,8 @@ class TokenCache:
         """Whether every byte is as it was written; says what is wrong where it is not."""
         if not self.directory.exists():
             return False
+        with suppress(OSError):  # another user's
+            os.utime(self.directory)
         try:
             manifest = json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
             found = digest(self.directory / EXAMPLES)
@@ -108,7 +122,8 @@ class TokenCache:
             path = directory / EXAMPLES
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
                 for chunk in chunks:
-                    file.write_batch(write_chunk(chunk, schema), {"dropped": str(chunk.dropped)})
+                    left_out = {name: str(getattr(chunk, name)) for name in LEFT_OUT}
+                    file.write_batch(write_chunk(chunk, schema), left_out)
                     examples += len(chunk)
                     tokens += len(chunk.ids)
             manifest = {
@@ -148,6 +163,8 @@ def read_chunk(batch: pa.RecordBatch, metadata: pa.KeyValueMetadata) -> Chunk:
         references=tuple(map(tuple, batch.column("references").to_pylist())) if answers else (),
         contexts=tuple(batch.column("context").to_pylist()) if answers else (),
         dropped=int(metadata["dropped"]),
+        blank=int(metadata["blank"]),
+        first_blank=metadata["first_blank"].decode(),
     )
 
 

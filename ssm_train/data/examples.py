@@ -48,10 +48,12 @@ class Encoder:
     def encode(self, piece: Sequence[Placed]) -> Chunk:
         """Raises InputError with the place of the record that cannot be used."""
         rendered = list(render_records(self.task, piece, training=self.training))
-        ids_of = self.tokenize(s for _, texts in rendered for s in texts.segments)
+        blank = [place for place, several in rendered if not several]
+        placed = [(place, texts) for place, several in rendered for texts in several]
+        ids_of = self.tokenize(s for _, texts in placed for s in texts.segments)
         examples: list[Example] = []
         dropped = 0
-        for place, texts in rendered:
+        for place, texts in placed:
             try:
                 example = self.join(texts, [ids_of[segment] for segment in texts.segments])
             except InputError as error:
@@ -62,7 +64,7 @@ class Encoder:
                 examples += example.cut(self.max_length)
             else:
                 dropped += 1
-        return make_chunk(examples, dropped, with_answers=not self.training)
+        return make_chunk(examples, dropped, blank, with_answers=not self.training)
 
     def join(self, texts: Rendered, parts: list[Ids]) -> Example:
         """One example of its segments' ids. Raises InputError without a place."""
@@ -130,7 +132,9 @@ def as_ids(tokens: Sequence[int]) -> Ids:
     return np.array(tokens, dtype=np.int32)
 
 
-def make_chunk(examples: Sequence[Example], dropped: int, *, with_answers: bool) -> Chunk:
+def make_chunk(
+    examples: Sequence[Example], dropped: int, blank: Sequence[str], *, with_answers: bool
+) -> Chunk:
     parts = [as_ids([]), *(part for example in examples for part in example.parts)]
     learnt = [False, *(flag for example in examples for flag in example.learnt)]
     return Chunk(
@@ -141,20 +145,21 @@ def make_chunk(examples: Sequence[Example], dropped: int, *, with_answers: bool)
         references=tuple(e.texts.references for e in examples) if with_answers else (),
         contexts=tuple(e.texts.context for e in examples) if with_answers else (),
         dropped=dropped,
+        blank=len(blank),
+        first_blank=os.path.basename(blank[0]) if blank else "",
     )
 
 
 def render_records(
     task: Task, rows: Iterable[Placed], *, training: bool
-) -> Iterator[tuple[str, Rendered]]:
-    """(place of the record, texts) of each example. Raises InputError with the record's place."""
+) -> Iterator[tuple[str, list[Rendered]]]:
+    """(place, examples) of each record. Raises InputError with the record's place."""
     for place, record in rows:
         try:
             examples = task.render(record, training=training)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
-        for example in examples:
-            yield place, example
+        yield place, examples
 
 
 def tokenize_records(
@@ -171,12 +176,12 @@ def tokenize_records(
     """The examples of `records`, in memory.
 
     In training, examples of more than `max_length` tokens are dropped and counted, plain text is
-    cut; evaluation keeps every example whole. `limit`: only the first so many records.
-    `progress` gets the number of records done. What takes more than five seconds is shared by
-    `num_workers` processes.
+    cut; evaluation keeps every example whole. Blank texts are left out and counted. `limit`: only
+    the first so many records. `progress` gets the number of records done. What takes more than
+    five seconds is shared by `num_workers` processes.
 
-    Raises InputError: no records, a record that the task cannot use (with its line), all too
-    long, a label word that is not one token, no end-of-text token.
+    Raises InputError: no records, a record that the task cannot use (with its line), all blank or
+    too long, a label word that is not one token, no end-of-text token.
     """
     encoder = make_encoder(task, tokenizer, training=training, max_length=max_length)
     chunks = list(encode_records(encoder, records, limit, num_workers, progress))
@@ -229,7 +234,7 @@ def encode_records(
             f"{records.name}: all {dropped} examples are longer than {encoder.max_length} tokens; "
             "raise max_length"
             if dropped
-            else f"{records.name} holds no examples"
+            else f"{records.name}: every text is blank; nothing to learn"
         )
 
 

@@ -225,18 +225,17 @@ def _hint(name: str) -> str:
     return near(name.lower(), names) or f"; data set names: {', '.join(names)}"
 
 
-def has_split(settings: DataSettings, split: str) -> bool:
-    """Whether the config names data for `split`, or its `data` brings some along.
+def why_no_test(settings: DataSettings) -> str | None:
+    """Why nothing is tested: the config names no test data, and its `data` brings none along.
 
     Data that is named is there to be read: if it cannot be, that is an error later.
     """
-    if {"val": settings.val_data, "test": settings.test_data}.get(split) is not None:
-        return True
-    try:
-        find_source(settings, split)
-    except InputError:
-        return split == "train"
-    return True
+    if settings.test_data is None:
+        try:
+            find_source(settings, "test")
+        except InputError as error:
+            return str(error)
+    return None
 
 
 def check_data(settings: DataSettings, splits: tuple[str, ...] = ("train", "val")) -> Task:
@@ -260,8 +259,8 @@ def training_texts(settings: DataSettings) -> Iterator[str]:
     if split_name(settings.data)[0] in GENERATED:
         yield from vocabulary_texts()
     task, records = find_task(settings), find_source(settings, "train").open()
-    for _, example in render_records(task, records.placed(), training=True):
-        yield from (segment.text for segment in example.segments)
+    for _, examples in render_records(task, records.placed(), training=True):
+        yield from (segment.text for example in examples for segment in example.segments)
 
 
 def split_name(name: str) -> tuple[str, int | None]:

@@ -27,6 +27,8 @@ class Chunk:
     references: tuple[tuple[str, ...], ...] = ()  # evaluation: every right answer of each
     contexts: tuple[str, ...] = ()  # evaluation: what scoring must know of each
     dropped: int = 0  # examples left out as too long
+    blank: int = 0  # records left out as their text is blank
+    first_blank: str = ""  # the place of the first of them, without its directory
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -71,6 +73,14 @@ class TokenizedDataset:
     def dropped(self) -> int:
         """Training examples left out because they were too long."""
         return sum(chunk.dropped for chunk in self.chunks)
+
+    def describe_blank(self) -> list[str]:
+        """A line where records were left out because their text is blank."""
+        with_blank = [chunk for chunk in self.chunks if chunk.blank]
+        if not with_blank:
+            return []
+        count = sum(chunk.blank for chunk in with_blank)
+        return [f"{self.name}: {count:,} blank text(s) skipped, first {with_blank[0].first_blank}"]
 
     def _find(self, i: int) -> tuple[Chunk, int]:
         number = int(self._starts.searchsorted(i, side="right")) - 1

@@ -343,6 +343,16 @@ def test_bad_input_is_one_clear_line(
     check(case, code, capsys.readouterr().err, directory)
 
 
+def test_a_rank_of_no_launch(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(Case("rank", ()).write(directory)) == BAD_INPUT
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error (rank 1): RANK is 1, but WORLD_SIZE is ")
+    assert not list(directory.glob("output/**/cfg.yaml"))
+
+
 def test_the_run_that_the_cases_change_works(directory: Path) -> None:
     assert main(Case("works", ()).write(directory)) == DONE
     assert (directory / "output/train_seed42/run/cfg.yaml").is_file()

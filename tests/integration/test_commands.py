@@ -97,7 +97,12 @@ def test_eval_takes_other_data_and_any_split(finished, capsys, tmp_path):
     assert tokens["--data few"] == tokens["--data few --split test"] < tokens[""]
     assert tokens["--split train"] > tokens["--data few"]
     assert main(["eval", str(directory), "--split", "tset"]) == BAD_INPUT
-    assert "has no split 'tset'; known: train, val, test" in capsys.readouterr().err
+    assert "error: data: the file" in (said := capsys.readouterr().err)
+    assert "has no split 'tset'; known: train, val, test" in said
+    assert main(["eval", str(directory), "--data", "nope"]) == BAD_INPUT
+    assert capsys.readouterr().err.startswith("error: --data: nope is neither a file nor a data")
+    assert main(["eval", str(directory), "--data", str(few), "--split", "tset"]) == BAD_INPUT
+    assert capsys.readouterr().err.startswith(f"error: --data: the file {few} has no split 'tset'")
 
 
 def test_generate_says_what_the_predictions_say(finished, capsys, tmp_path):

@@ -60,10 +60,15 @@ def test_chats_train_with_a_template_that_is_saved(packing: bool, tmp_path: Path
     assert result.rows[0].input_ids == prompt
 
 
-def test_text_is_packed_cut_and_measured_by_its_loss(tmp_path: Path) -> None:
+def test_text_is_packed_cut_and_measured_by_its_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"text": f"{r['question']} => {r['answer']}"} for r in make_records(40)]
     long = {"text": " ".join(row["text"] for row in rows[:8])}
-    data = write_splits(tmp_path / "text", {"train": [*rows, long], "val": rows[:5]})
+    blank = {"text": " "}
+    data = write_splits(
+        tmp_path / "text", {"train": [blank, *rows, long, blank], "val": [*rows[:5], blank]}
+    )
     result = train(
         write_config(
             tmp_path, "text", "mamba", data=data, **WITHOUT_TASK,
@@ -76,6 +81,14 @@ def test_text_is_packed_cut_and_measured_by_its_loss(tmp_path: Path) -> None:
         result.run_dir, ["say one"], checkpoint="best", device="cpu", max_new_tokens=4, num_beams=1
     )
     assert len(answers) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert f"{data}: 2 blank text(s) skipped, first train.jsonl:1" in said
+    in_val = f"{data}: 1 blank text(s) skipped, first val.jsonl:6"
+    assert in_val in said
+    assert main(["eval", str(result.run_dir), "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["loss"] == pytest.approx(result.after["loss"])
+    assert in_val in output.err.splitlines()
 
 
 def test_a_test_split_of_another_task_has_its_own_metrics(tmp_path: Path) -> None:
@@ -97,6 +110,27 @@ def test_a_test_split_of_another_task_has_its_own_metrics(tmp_path: Path) -> Non
     )  # fmt: skip
     assert result.main_metric == "accuracy" and "mcc" in result.test
     assert "mcc" not in result.after and "accuracy" not in result.test
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_a_published_data_set_without_test_files_says_so(
+    tested: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data" / "glue" / "cola"
+    folder.mkdir(parents=True)
+    table = pa.Table.from_pylist([{"sentence": f"one {i}", "label": i % 2} for i in range(20)])
+    for split in ("train", "validation") if tested else ("train",):
+        parquet.write_table(table, folder / f"{split}-0.parquet")
+    result = train(
+        write_config(
+            tmp_path, "cola", "mamba", data="glue-tvt_cola", data_root=str(tmp_path / "data"),
+            **WITHOUT_TASK, max_steps=2,
+        )
+    )  # fmt: skip
+    said = [line for line in capsys.readouterr().out.splitlines() if "is tested" in line]
+    assert bool(result.test) == tested == (not said)
+    for line in said:
+        assert f"{folder} has no file for the validation split; expected validation-*" in line
 
 
 def test_spider_is_measured_on_its_databases(tmp_path: Path) -> None:

@@ -337,6 +337,30 @@ def test_examples_that_are_gone_for_another_process(settings, tokenizer):
         load_task_data(settings, tokenizer, "train", once=make_elsewhere)
 
 
+def test_what_is_unused_for_long_is_removed_when_other_data_is_made(settings, tokenizer, encoded):
+    def age(directory: Path, days: float) -> None:
+        then = time.time() - days * 24 * 3600
+        os.utime(directory, (then, then))
+
+    data = load_task_data(settings, tokenizer, "train")
+    before = examples(data)
+    (train,) = directories(settings)
+    mine = train.parent / "train-of-my-own"
+    mine.mkdir()
+    age(mine, 400)
+    age(train, 91)
+    load_task_data(settings, tokenizer, "train")  # which is a use
+    load_task_data(settings, tokenizer, "val")
+    assert train.is_dir() and len(encoded) == 2
+    (val,) = set(directories(settings)) - {train, mine}
+    age(train, 91)
+    age(val, 89)
+    load_task_data(settings, tokenizer, "train", limit=5)
+    assert not train.exists() and val.is_dir() and mine.is_dir()
+    assert examples(data) == before  # of a run that still uses it
+    assert len(load_task_data(settings, tokenizer, "train")) == 20 and len(encoded) == 4
+
+
 def test_generated_data_is_not_kept(settings, tokenizer):
     generated = settings.model_copy(update={"data": "quickstart", "task": None})
     load_task_data(generated, tokenizer, "train", limit=3)

@@ -168,6 +168,29 @@ def test_a_template_that_changes_earlier_turns_is_refused(tokenizer):
     assert learnt_text(data, tokenizer) == "a model<|im_end|>"
 
 
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "today {{ date_string }}\n" + CHATML
+)
+
+
+def test_a_template_that_asks_for_the_date_is_refused(tokenizer):
+    tokenizer.chat_template = DATED
+    with pytest.raises(InputError, match=r"chats.jsonl:1: the chat .* today's date .* task.var"):
+        tokenize(bind_template(ChatTask(), tokenizer), [{"messages": CHAT}], tokenizer)
+    given = ChatTask(variables={"date_string": "26 Jul 2024"})
+    data = tokenize(bind_template(given, tokenizer), [{"messages": CHAT}], tokenizer)
+    assert tokenizer.decode(data.example_ids(0)).startswith("today 26 Jul 2024\n<|im_start|>system")
+
+
+@pytest.mark.parametrize("start", ["", "\n", "\n\n", "  ", "{{ 'x' }} \n", "  {# a note #}\n"])
+def test_a_template_is_rendered_as_by_the_tokenizer(tokenizer, start):
+    tokenizer.chat_template = f"{start}{CHATML}{{% if strftime_now is defined %}}!{{% endif %}}"
+    filled = bind_template(ChatTask(), tokenizer).fill(CHAT, answering=True)
+    own = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert filled == own
+
+
 def test_text_is_learnt_but_for_its_first_token(tokenizer):
     rows = [{"text": "who are you"}, {"text": "a model"}]
     data = tokenize(CorpusTask(), rows, tokenizer)
@@ -190,7 +213,19 @@ def test_long_text_is_cut_and_every_token_is_learnt_once(tokenizer):
     assert len(evaluated) == 1
 
 
-@pytest.mark.parametrize("text", [None, " ", 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_blank_texts_are_skipped_and_counted(tokenizer, training, monkeypatch):
+    monkeypatch.setattr("ssm_train.data.examples.CHUNK_RECORDS", 2)
+    rows = [{"text": text} for text in ("who", "are", "you", " \n", "", "", "hello")]
+    data = tokenize(CorpusTask(), rows, tokenizer, training=training)
+    assert len(data) == 4 and len(data.chunks) == 4
+    assert data.describe_blank() == ["chats.jsonl: 3 blank text(s) skipped, first chats.jsonl:4"]
+    assert tokenize(CorpusTask(), rows[:3], tokenizer).describe_blank() == []
+    with pytest.raises(InputError, match=r"chats.jsonl: every text is blank"):
+        tokenize(CorpusTask(), rows[3:6], tokenizer, training=training)
+
+
+@pytest.mark.parametrize("text", [None, 3])
 def test_text_that_is_none(tokenizer, text):
     with pytest.raises(InputError, match=r"chats.jsonl:1: field 'text' is .*; expected text"):
         tokenize(CorpusTask(), [{"text": text}], tokenizer)

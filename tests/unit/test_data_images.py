@@ -94,7 +94,7 @@ def read(name: str, split: str, root: Path) -> list[tuple[str, str]]:
     task = DATASETS[name].task
     records = find_split(DATASETS[name], name, split, str(root), None).open()
     found = []
-    for _, example in render_records(task, records.placed(), training=split == "train"):
+    for _, (example,) in render_records(task, records.placed(), training=split == "train"):
         prefix, pixels, cue, label = (segment.text for segment in example.segments)
         assert pixels[0] == " " and prefix[-1] == cue[-1] == ":" and not example.ends
         found.append((pixels[1:], label))

@@ -13,9 +13,9 @@ from ssm_train.data.sources import (
     check_data,
     find_source,
     find_task,
-    has_split,
     load_task_data,
     training_texts,
+    why_no_test,
 )
 from ssm_train.data.tasks import PUBLISHED
 from ssm_train.data.tasks.quickstart import TRAIN_SIZE, UNSEEN_SHIPS
@@ -189,13 +189,13 @@ def test_a_look_at_the_first_record_does_not_read_them_all(folder, monkeypatch):
         list(find_source(settings, "train").open().rows)
 
 
-def test_a_split_is_there_when_named_or_brought_along(folder):
+def test_test_data_is_named_or_brought_along(folder):
     file = DataSettings(data=str(folder / "train.jsonl"), task=TASK)
-    assert [has_split(file, s) for s in ("train", "val", "test")] == [True, False, False]
-    assert has_split(DataSettings(data=str(folder), task=TASK), "test")
-    assert has_split(DataSettings(data="quickstart"), "test")
+    assert "which has no 'test' split; set val_data (test_data)" in why_no_test(file)
+    assert why_no_test(DataSettings(data=str(folder), task=TASK)) is None
+    assert why_no_test(DataSettings(data="quickstart")) is None
     misspelt = file.model_copy(update={"test_data": "no/test.jsonl"})
-    assert has_split(misspelt, "test")
+    assert why_no_test(misspelt) is None
     with pytest.raises(InputError, match="test_data: no/test.jsonl is neither"):
         check_data(misspelt, ("test",))
 
@@ -215,7 +215,7 @@ def test_records_can_be_listed():
 def test_random_data_has_the_length_of_its_name():
     tokenizer = build_tokenizer(["a b c d e f"], {"type": "word"})
     settings = DataSettings(data="random_12")
-    assert check_data(settings).type == "text" and not has_split(settings, "test")
+    assert check_data(settings).type == "text" and why_no_test(settings)
     data = load_task_data(settings, tokenizer, "train")
     assert set(data.lengths.tolist()) == {12} and len(data) == 1024
     assert data.learnt(3).tolist() == [False] * 11 + [True]

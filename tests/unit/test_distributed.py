@@ -65,6 +65,28 @@ def test_a_device_of_the_environment_is_an_error(monkeypatch: pytest.MonkeyPatch
         distributed.build_accelerator("fp32", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "1"}, "RANK is 1, but WORLD_SIZE is not set: start .* or unset RANK"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is 1, but WORLD_SIZE is 1: "),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, but WORLD_SIZE is 2: "),
+        ({"RANK": "one"}, "RANK is one, but WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "two"}, "RANK is 0, but WORLD_SIZE is two"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT not set"),
+    ],
+)
+def test_a_rank_without_its_launch_is_an_error(variables: dict[str, str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        distributed.check_launch(variables)
+
+
+def test_one_process_and_a_launch_are_right() -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for variables in ({}, {"RANK": "0"}, {"RANK": "1", "WORLD_SIZE": "2"} | address):
+        distributed.check_launch(variables)
+
+
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """torch as it looks with two GPUs; the list holds the indices that were made current."""

@@ -108,6 +108,36 @@ def test_rouge_takes_the_best_reference_of_each_example():
     assert score("rouge1", ANSWERS[:1], [SEVERAL[0][:1]]) == pytest.approx(2 * 6 / 13)
 
 
+def test_rouge_of_ascii_text_is_that_of_rouge_score():
+    draw = random.Random(0)
+    characters = [chr(code) for code in range(128)] + list("aab  cAB1") * 20
+    texts = ["".join(draw.choices(characters, k=40)) for _ in range(200)]
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = rouge_scorer.RougeScorer(names)
+    pairs = list(zip(texts, texts[1:], strict=False))
+    for prediction, reference in [*pairs, ("It's a well-known_fact.", "it s A well known fact")]:
+        values = compute_metrics(names, [prediction], [[reference]])
+        theirs = scorer.score(reference, prediction)
+        assert values == {name: theirs[name].fmeasure for name in names}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "rouge1", "rouge2"),
+    [
+        ("Мама мыла раму", "мама мыла окно", 2 / 3, 1 / 2),
+        ("的猫在2024年", "猫在2024年。", 8 / 9, 6 / 7),  # 2024 is one word
+        ("ラーメン", "ラーメソ", 3 / 4, 2 / 3),  # the long vowel is a word of its own
+        ("हिन्दी भाषा", "हिन्दी में", 1 / 2, 0),  # vowel signs belong to their words
+        ("이것은 책", "이것은 집", 1 / 2, 0),
+        ("ein schöner Tag", "ein schoner Tag", 2 / 3, 0),
+        ("שלום", "עולם", 0, 0),
+    ],
+)
+def test_rouge_sees_words_of_every_script(prediction, reference, rouge1, rouge2):
+    assert score("rouge1", [prediction], [[reference]]) == pytest.approx(rouge1)
+    assert score("rouge2", [prediction], [[reference]]) == pytest.approx(rouge2)
+
+
 def meteor_of_different_words(prediction, reference):
     """The equations of Banerjee and Lavie 2005 where no word occurs twice."""
     places = [reference.index(word) if word in reference else None for word in prediction]

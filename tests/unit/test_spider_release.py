@@ -10,7 +10,7 @@ import pytest
 from spider_library import write_database, write_tables
 
 from ssm_train.data import DataSettings
-from ssm_train.data.sources import check_data, find_source, has_split, load_task_data
+from ssm_train.data.sources import check_data, find_source, load_task_data, why_no_test
 from ssm_train.data.vocabulary import build_tokenizer
 from ssm_train.errors import InputError
 
@@ -86,6 +86,6 @@ def test_what_is_missing_is_named(release: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no tables.json beside"):
         check_data(spider)
     (release / "dev.json").unlink()
-    assert not has_split(spider, "test")
+    assert why_no_test(spider)
     with pytest.raises(InputError, match="spider-tvt is read from files: put them into a folder"):
         check_data(DataSettings(data="spider-tvt"))

@@ -26,6 +26,13 @@ PLAIN = """\
 """
 """For tokenizers without a template: `<|user|>`, a line, the text; end-of-text after answers."""
 
+NO_DATE = """\
+{% macro strftime_now(format) %}{{ raise_exception("they would hold today's date (strftime_now), \
+and be other data tomorrow; set task.variables to the date where the template reads one \
+({date_string: 26 Jul 2024}), or task.template to one with a fixed date") }}{% endmacro %}
+"""
+"""Stands before every template: in place of the function that gives the time."""
+
 
 class ChatTask(Settings):
     """A conversation; `bind_template` puts in what it takes from the tokenizer."""
@@ -90,7 +97,7 @@ class ChatTask(Settings):
         try:
             rendered: Any = render_jinja_template(
                 conversations=[[dict(message) for message in messages]],
-                chat_template=template_text(self.template) or PLAIN,
+                chat_template=NO_DATE + (template_text(self.template) or PLAIN),
                 add_generation_prompt=answering,
                 **self.variables,
             )

@@ -24,10 +24,13 @@ class CorpusTask(Settings):
         return []
 
     def render(self, record: Record, *, training: bool) -> list[Rendered]:
-        """One document. Raises InputError without a place: field missing, no text, empty."""
+        """One document; none of a blank text. Raises InputError without a place: field missing, no
+        text."""
         text = field_value(record, self.field)
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str):
             raise InputError(f"field {self.field!r} is {str(text)[:40]!r}; expected text")
+        if not text.strip():
+            return []
         return [Rendered((Segment(text, learnt=True),), cut=True)]
 
     def score(

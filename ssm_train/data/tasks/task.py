@@ -70,7 +70,8 @@ class Task(Protocol):
         ...
 
     def render(self, record: Record, *, training: bool) -> list[Rendered]:
-        """The examples of a record. Raises InputError without a place for one it cannot use."""
+        """The examples of a record, none where its text is blank. Raises InputError without a place
+        for one it cannot use."""
         ...
 
     def score(
