@@ -25,12 +25,13 @@ CONCRETE_ADAPTERS = {
 # Parts of one concrete adapter, which nobody else imports.
 PARTS_OF_ADAPTERS = {"ssm_train.adapters.gla_mixer", "ssm_train.adapters.gla_triton"}
 
-# The composition root and its neighbours: a run's stages, bases, from a config to its parts, a run
-# loaded again, what is tuned for one, which runs of a suite are done, and the old code's functions.
+# The composition root and its neighbours: a run's making, its stages, bases, from a config to its
+# parts, a run loaded again, what is tuned for one, which runs of a suite are done, and the old
+# code's functions.
 COMPOSITION = tuple(
     f"ssm_train.{name}"
     for name in (
-        *("train", "fit", "bases", "assemble", "finished", "shape", "warmup", "plan"),
+        *("train", "fit", "ready", "bases", "assemble", "finished", "shape", "warmup", "plan"),
         "health.preflight",
         "scaling",
         "verify_resume",
