@@ -29,7 +29,7 @@ import yaml
 from collectives import CollectiveCount
 from throughput import MODELS, SPECIAL, build_model, make_steps
 
-from ssm_train import distributed, scaling
+from ssm_train import distributed, shares
 from ssm_train.engines import Engine, build_engine
 from ssm_train.engines.zero import Zero
 from ssm_train.engines.zero_config import Numbers
@@ -88,7 +88,7 @@ def measure(
             engine.spread(prepared.model)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        weights = scaling.measure(prepared.model, {})
+        weights = shares.measure(prepared.model, {})
         no_decay = prepared.traits.no_decay
         engine.prepare(prepared.model, lambda net: build_optimizer(net, settings, no_decay))
     del prepared
@@ -122,7 +122,7 @@ def measure(
     with torch.autograd.set_multithreading_enabled(False), CollectiveCount() as counted:
         train_step(replace(run, cuda_graphs=False), arguments.steps + arguments.warmup)
     gathered = gather(engine) if arguments.gather else {}
-    planned = {part.engine: part for part in scaling.divide(weights, world, 1)}.get(engine.name)
+    planned = {part.engine: part for part in shares.divide(weights, world, 1)}.get(engine.name)
     if isinstance(engine, Zero):
         engine.close()
     return {

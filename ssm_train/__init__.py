@@ -7,13 +7,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 PUBLIC = {
-    "build_and_run_trainer": "ssm_train.mamba_peft",
-    "create_decoder": "ssm_train.mamba_peft",
+    "build_and_run_trainer": "ssm_train.mamba_peft.training",
+    "create_decoder": "ssm_train.mamba_peft.decoding",
     "load_config": "ssm_train.config",
-    "load_dataset": "ssm_train.mamba_peft",
+    "load_dataset": "ssm_train.mamba_peft.data",
     "load_run": "ssm_train.finished",
-    "prepare_gla_model_and_tokenizer": "ssm_train.mamba_peft",
-    "prepare_mamba_model_and_tokenizer": "ssm_train.mamba_peft",
+    "prepare_gla_model_and_tokenizer": "ssm_train.mamba_peft.models",
+    "prepare_mamba_model_and_tokenizer": "ssm_train.mamba_peft.models",
     "run": "ssm_train.train",
 }
 """Public name -> its module, imported when the name is first used."""

@@ -116,12 +116,8 @@ def add_generate(add: Add) -> None:
     add_run_arguments(command)
     command.add_argument("--prompt", action="append", default=[], help="repeat for several")
     command.add_argument("--file", type=Path, help="a text file with one prompt a line")
-    command.add_argument(
-        "--max-new-tokens", type=commands.positive, default=128, metavar="N", help="default: 128"
-    )
-    command.add_argument(
-        "--num-beams", type=commands.positive, default=1, metavar="N", help="default: 1, greedy"
-    )
+    add_count(command, "--max-new-tokens", "default: 128", 128)
+    add_count(command, "--num-beams", "default: 1, greedy", 1)
 
 
 def add_merge(add: Add) -> None:
@@ -192,9 +188,7 @@ def add_plan(add: Add) -> None:
     command.add_argument(
         "--gib", type=amount, help="memory of the GPU (default: that of the one here, else 79.2)"
     )
-    command.add_argument(
-        "--gpus", type=commands.positive, metavar="N", help="GPUs that train together"
-    )
+    add_count(command, "--gpus", "GPUs that train together")
     command.add_argument(
         "--net", type=amount, metavar="GB/s", help="what each GPU can send to the others"
     )
@@ -215,12 +209,7 @@ def add_warmup(add: Add) -> None:
         "ssm-train warmup --cfg cfg/warmup/gla_1.3b_packed.yaml",
     )
     add_cfg(command)
-    command.add_argument(
-        "--processes",
-        type=commands.positive,
-        metavar="N",
-        help="processes that compile (default: cores - 2, up to 16)",
-    )
+    add_count(command, "--processes", "processes that compile (default: cores - 2, up to 16)")
     command.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write instead")
 
 
@@ -235,13 +224,7 @@ def add_verify_resume(add: Add) -> None:
         "ssm-train verify-resume --cfg cfg/quickstart/gla_lora.yaml --steps 12",
     )
     add_cfg(command)
-    command.add_argument(
-        "--steps",
-        type=commands.positive,
-        default=6,
-        metavar="N",
-        help="optimizer steps, rounded up to a multiple of 3 (default: 6)",
-    )
+    add_count(command, "--steps", "optimizer steps, rounded up to a multiple of 3 (default: 6)", 6)
 
 
 def add_rerun(add: Add) -> None:
@@ -255,13 +238,7 @@ def add_rerun(add: Add) -> None:
     )
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run")
     command.add_argument("--out", type=Path, help="new directory (default: RUN_DIR-rerun)")
-    command.add_argument(
-        "--losses",
-        type=commands.positive,
-        default=20,
-        metavar="N",
-        help="how many losses of the log are compared (default: 20)",
-    )
+    add_count(command, "--losses", "how many losses of the log are compared (default: 20)", 20)
     command.add_argument(
         "--whole",
         action="store_true",
@@ -279,10 +256,8 @@ def add_slurm(add: Add) -> None:
         "--time 24:00:00 --engine zero2",
     )
     command.add_argument("--cfg", type=Path, metavar="FILE", help="run config (.yaml or .json)")
-    command.add_argument("--nodes", type=commands.positive, metavar="N", help="nodes of the job")
-    command.add_argument(
-        "--gpus-per-node", type=commands.positive, metavar="N", help="GPUs, and processes"
-    )
+    add_count(command, "--nodes", "nodes of the job")
+    add_count(command, "--gpus-per-node", "GPUs, and processes")
     command.add_argument(
         "--time",
         type=commands.time_limit,
@@ -294,9 +269,7 @@ def add_slurm(add: Add) -> None:
         help="single, ddp, zero1, zero2, zero3, fsdp2, ..., or the path "
         "of an Accelerate config (default: single for one GPU, else ddp)",
     )
-    command.add_argument(
-        "--cpus-per-gpu", type=commands.positive, default=8, metavar="N", help="cores (default: 8)"
-    )
+    add_count(command, "--cpus-per-gpu", "cores (default: 8)", 8)
     for name in ("partition", "account", "qos"):
         command.add_argument(f"--{name}", help="default: the cluster's")
     command.add_argument(
@@ -336,21 +309,29 @@ def add_run_arguments(parser: argparse.ArgumentParser, device: str = "auto") -> 
     )
 
 
+def add_count(
+    command: argparse.ArgumentParser, flag: str, what: str, default: int | None = None
+) -> None:
+    command.add_argument(flag, type=commands.positive, default=default, metavar="N", help=what)
+
+
 def amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
 def share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
+
+
+def number(text: str) -> float:
+    """NaN where it is none, which no range holds."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -5,120 +5,30 @@ method with a warm-up chooses by it what the last stage trains; that one ends in
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from itertools import count
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
-
-from ssm_train import distributed, graphs, snapshot
-from ssm_train.adapters.base import Batch, LossSum
+from ssm_train import distributed, snapshot
 from ssm_train.adapters.common import check_dtypes_again
-from ssm_train.assemble import Subject, make_batches
-from ssm_train.checkpoint import Checkpoint
-from ssm_train.config import RunConfig
-from ssm_train.data.batches import collate
-from ssm_train.data.order import Order
-from ssm_train.data.tokens import TokenizedDataset
-from ssm_train.engines import Engine
-from ssm_train.errors import InputError
-from ssm_train.evaluation import Evaluation
 from ssm_train.health.out_of_memory import explain_out_of_memory_in_evaluation
-from ssm_train.health.preflight import prove_alive
+from ssm_train.health.preflight import prove_alive, tell_compiling
 from ssm_train.loop import Outcome, Training, TrainState, explain_bad_steps, train
 from ssm_train.metrics import LOSSES, Progress
 from ssm_train.optim import build_optimizer, describe_rates, same_rate
 from ssm_train.peft.coverage import count_parameters
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.plan import memory_of_gpu
+from ssm_train.ready import Ready
 from ssm_train.record import WARMUP
 from ssm_train.record.plot import plot_selection
-from ssm_train.record.runlog import RunLog, show_batches
+from ssm_train.record.runlog import RunLog
 from ssm_train.record.summary import Result, export_weights, print_summary, write_result
 from ssm_train.resume import RunCheckpoints
 from ssm_train.scaling import warn_of_parts
-from ssm_train.schedule import Schedule, plan_schedule
-from ssm_train.stop_flag import Interrupted, StopFlag
-from ssm_train.watchdog import beat, watch
-
-
-@dataclass
-class Ready:
-    """A run that may begin: its parts are built, its tensors are alive, nothing is written."""
-
-    run_dir: Path
-    cfg: RunConfig
-    engine: Engine
-    subject: Subject
-    base: str | None  # id of the model before training; None: new, and not kept yet
-    data: Mapping[str, TokenizedDataset]  # by split
-    order: Order
-    evaluations: Mapping[str, Evaluation]  # by split
-    found: Checkpoint | None  # where a resumed run goes on, in the stage that it is in
-    notes: list[str]
-    stop: StopFlag = field(default_factory=StopFlag)
-    """Set by signals from when `run_in` enters it, through all stages."""
-
-    def __post_init__(self) -> None:
-        alone = distributed.world_size() == 1 and self.engine.keeps_gradients
-        if self.cfg.oom == "shrink" and not alone:
-            raise InputError(
-                f"oom: shrink is for one process, and this is {self.engine.name} with "
-                f"{distributed.world_size()}: a step cannot begin again there; set oom: stop"
-            )
-
-    @property
-    def schedule(self) -> Schedule:
-        return plan_schedule(self.cfg, self.order.steps_per_epoch)
-
-    @property
-    def cuda_graphs(self) -> bool:
-        """Whether to record them. Raises InputError where they are asked for and cannot be."""
-        cfg = self.cfg
-        reason = graphs.obstacle(
-            self.engine.device, cfg.packing, cfg.prec, bool(cfg.gradient_checkpointing)
-        )
-        if not self.engine.keeps_gradients:
-            reason = f"under {self.engine.name} gradients cross processes in the backward pass"
-        if cfg.cuda_graphs and reason:
-            raise InputError(f"cuda_graphs: true cannot be, because {reason}; remove it")
-        return cfg.cuda_graphs is not False and reason is None
-
-    @property
-    def proves_isolation(self) -> bool:
-        return self.cfg.packing and self.cfg.packing_check
-
-    @property
-    def warms_up(self) -> bool:
-        """Whether the method's first stage is still to be trained, or to be ended."""
-        method = self.subject.method
-        return isinstance(method, SdLoraMethod) and method.stage == WARMUP
-
-    def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's part of optimizer step `step`."""
-        batches = make_batches(self.data["train"], self.order, self.cfg, step)
-        show_batches(batches)
-        return batches
-
-    def examples(self) -> Iterator[Batch]:
-        """The training examples in the order of training, one a batch; on every rank the same."""
-        for step in count():
-            for row in self.order.micro_batches(step):
-                for i in range(len(row)):
-                    yield collate(self.data["train"], row[i : i + 1])
-
-    def token_losses(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Loss over the targets of a batch, in the run's precision."""
-        with distributed.autocast(self.cfg.prec, self.engine.device):
-            return self.subject.adapter.token_losses(model, batch)
-
-    def token_logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits at the targets of a batch, in the run's precision."""
-        with distributed.autocast(self.cfg.prec, self.engine.device):
-            return self.subject.adapter.token_logits(model, batch)
+from ssm_train.schedule import Schedule
+from ssm_train.stop_flag import Interrupted
+from ssm_train.watchdog import watch
 
 
 @dataclass
@@ -252,22 +162,6 @@ def warn_of_engine(ready: Ready) -> list[str]:
     if size[False] > memory_of_gpu() / 2:
         return []
     return [f"warning: {warn_of_parts(ready.engine.name, size[False], size[True], world)}"]
-
-
-def tell_compiling(
-    device: torch.device, say: Callable[[str], None]
-) -> AbstractContextManager[None]:
-    """Lines about kernels under compilation, on rank 0 of a run on a GPU; else nothing. They are
-    progress."""
-    if device.type != "cuda" or not distributed.is_main():
-        return nullcontext()
-    from ssm_train.kernels import compiling  # triton, which a CPU may do without
-
-    def say_progress(text: str) -> None:
-        beat()
-        say(text)
-
-    return compiling.tell_compiling(say_progress)
 
 
 def warm_up(ready: Ready, main_metric: str, lines: Sequence[str]) -> Result | None:

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from ssm_train import distributed
 from ssm_train.adapters.base import Batch, TokenLosses
+from ssm_train.best_step import evaluate
 from ssm_train.engines.base import Engine
 from ssm_train.graphs import GradientGraphs, Gradients
 from ssm_train.health.not_finite import find_not_finite
@@ -23,7 +24,7 @@ from ssm_train.health.out_of_memory import BatchTooLarge, cut, explain_out_of_me
 from ssm_train.health.spikes import describe, is_spike, remember
 from ssm_train.optim import OptimSettings, lr_at
 from ssm_train.schedule import Schedule
-from ssm_train.stop_flag import Interrupted, StopFlag
+from ssm_train.stop_flag import StopFlag
 from ssm_train.watchdog import beat
 
 VANISHED_LOSS = 1e-6
@@ -306,41 +307,3 @@ def on_device(device: torch.device, *values: float) -> torch.Tensor:
     """[n] fp64. Filled there: a copy from the host would wait for the device."""
     options: dict[str, Any] = {"dtype": torch.float64, "device": device}
     return torch.stack([torch.full((), value, **options) for value in values])
-
-
-class Evaluated(NamedTuple):
-    best: bool
-    too_low: bool
-
-
-def evaluate(run: Training, state: TrainState, stop: bool = False) -> Evaluated:
-    """All ranks. Takes the metrics of the step, or leaves it `unevaluated` where all are to stop,
-    or one does meanwhile: the run takes them when it goes on."""
-    assert run.evaluate is not None
-    state.unevaluated = True
-    if stop:
-        return Evaluated(False, False)
-    run.drop_graphs()  # the evaluation needs memory too
-    try:
-        metrics = run.evaluate(state.step)
-    except Interrupted:
-        return Evaluated(False, False)
-    state.unevaluated = False
-    best = note_best(run, state, metrics)
-    return Evaluated(best, below_least_metric(run, state.step, metrics[run.main_metric]))
-
-
-def note_best(run: Training, state: TrainState, metrics: dict[str, float]) -> bool:
-    """Remembers the metrics with the best main one; True when these are they."""
-    sign = 1 if run.higher_is_better else -1
-    value, best = metrics[run.main_metric], state.best.get(run.main_metric)
-    if math.isnan(value) or (best is not None and sign * value <= sign * best):
-        return False
-    state.best, state.best_step = metrics, state.step
-    return True
-
-
-def below_least_metric(run: Training, step: int, metric: float) -> bool:
-    """Whether the main metric misses the least value asked for from this epoch on."""
-    epochs = step / run.schedule.steps_per_epoch
-    return any(epochs >= epoch and metric < least for epoch, least in run.least_metric.items())

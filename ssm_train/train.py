@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from ssm_train import distributed
 from ssm_train.assemble import (
     Subject,
-    base_id,
-    build_evaluation,
     check_same_run,
     choose_main_metric,
     debug_config,
@@ -26,38 +21,21 @@ from ssm_train.assemble import (
     describe_measures,
     find_splits,
     keep_new_base,
-    load_examples,
-    plan_order,
-    prepare_model,
 )
-from ssm_train.bases import (
-    base_run,
-    check_base,
-    find_base,
-    load_base_config,
-    own_when_free,
-    record_base,
-)
-from ssm_train.checkpoint import Checkpoint
+from ssm_train.bases import base_run, find_base, load_base_config, own_when_free, record_base
 from ssm_train.config import RunConfig, describe_overrides, dump_yaml, run_directory
 from ssm_train.data.fingerprint import fingerprint
 from ssm_train.data.sources import check_data
 from ssm_train.durable import replace_directory, writing
 from ssm_train.ending import hear_others
-from ssm_train.engines import build_engine
-from ssm_train.engines.zero_config import Numbers
 from ssm_train.errors import InputError
-from ssm_train.fit import Ready, fit, tell_compiling, warm_up
-from ssm_train.health.preflight import compile_kernels, prove
+from ssm_train.fit import fit, warm_up
 from ssm_train.lock import check_free, own
-from ssm_train.optim import lr_at
 from ssm_train.peft.coverage import measure_coverage
-from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import PeftSpec, load_peft
-from ssm_train.plan import settle_tokens
+from ssm_train.ready import Ready, get_ready
 from ssm_train.record import (
     MARKER,
-    WARMUP,
     check_peft,
     check_run_directory,
     check_same_data,
@@ -72,8 +50,6 @@ from ssm_train.record.environment import (
 )
 from ssm_train.record.revisions import hub_commits
 from ssm_train.record.summary import Result
-from ssm_train.resume import find_resume_point
-from ssm_train.terminal import say
 from ssm_train.trackers import check_trackers
 
 
@@ -145,99 +121,6 @@ def run_in(
         result = result or fit(ready, main_metric, lines)
     distributed.barrier()
     return result
-
-
-def get_ready(
-    run_dir: Path,
-    cfg: RunConfig,
-    splits: Sequence[str],
-    peft: PeftSpec | None,
-    given: Subject | None,
-) -> Ready:
-    """All ranks. Model, data, PEFT and the proof that every trainable tensor is alive."""
-    engine = build_engine(
-        distributed.build_accelerator(cfg.prec, cfg.device),
-        Numbers(
-            cfg.prec, 1 if cfg.packing else cfg.batch_size, cfg.gradient_accumulation_steps,
-            cfg.max_grad_norm, trains_all=peft is None and given is None,
-        ),
-    )  # fmt: skip
-    device = engine.device
-    distributed.set_matmul_precision(cfg.tf32)
-    cfg, settled = settle_tokens(cfg, device)
-    distributed.seed_everything(cfg.seed)
-    base = base_id(cfg, run_dir)
-    if cfg.resume and cfg.model is not None:
-        check_base(run_dir, str(base))
-    whole = given is not None or (peft is not None and peft.needs_whole_model)
-    subject = given or prepare_model(
-        cfg, base, str(device), frozen=peft is not None, place=None if whole else engine.place
-    )
-    data = {split: load_examples(cfg, subject.prepared.tokenizer, split) for split in splits}
-    if peft and not given:
-        subject.method = peft.make()
-    if cfg.new_model:  # an adapter begins on a base that is read again as on one that is made
-        distributed.seed_everything(cfg.seed)
-    found, notes = begin(run_dir, cfg, subject, inject=given is None)
-    method, prepared = subject.method, subject.prepared
-    order = plan_order(cfg, data["train"], found.state["global_batch"] if found else None)
-    ready = Ready(run_dir, cfg, engine, subject, base, data, order, {}, found, notes)
-    if ready.cuda_graphs:
-        notes.append("forward and backward are recorded as CUDA graphs")
-    if distributed.is_main():  # rank 0; now, as the next lines may compile for minutes
-        for note in [*settled, *prepared.notes]:
-            say(note)
-    if isinstance(method, SdLoraMethod) and ready.warms_up:
-        check_warmup(cfg, method.warmup_steps, ready.schedule.total_steps)
-    if method and found and "base" in found.tensors:  # a resumed run takes its checkpoint's
-        method.restore_base(prepared.model, found.tensors["base"])
-    model = prepared.model if whole else engine.spread(prepared.model)
-    with tell_compiling(device, say):
-        compile_kernels(ready, model)
-        if method and not found:
-            method.calibrate(prepared, ready.examples(), ready.token_losses)
-        prove(ready, model)
-    autocast = partial(distributed.autocast, cfg.prec, device)
-    ready.evaluations = {
-        split: build_evaluation(cfg, subject.adapter, data[split], subject.prepared, autocast)
-        for split in splits
-        if split != "train"
-    }
-    return ready
-
-
-def begin(
-    run_dir: Path, cfg: RunConfig, subject: Subject, inject: bool
-) -> tuple[Checkpoint | None, list[str]]:
-    """All ranks. The method in its model, at the stage where the run begins or goes on, and where
-    that is. `inject` False: it is in the model already, at its first stage."""
-    method, prepared = subject.method, subject.prepared
-    found, notes = find_resume_point(run_dir) if cfg.resume else (None, [])
-    if isinstance(method, SdLoraMethod) and found:
-        method.begin_training(prepared)
-        return found, notes
-    if method and inject:
-        # What is added to a model without weights has none either.
-        with torch.device("meta") if prepared.place == "meta" else nullcontext():
-            method.inject(prepared)
-    if isinstance(method, SdLoraMethod) and cfg.resume:
-        found, more = find_resume_point(run_dir / WARMUP)
-        notes = [*notes[:-1], *(f"warm-up: {note}" for note in more)]
-    return found, notes
-
-
-def check_warmup(cfg: RunConfig, warmup_steps: int, total_steps: int) -> None:
-    """Raises InputError for a warm-up that the run is too short for, or that moves nothing."""
-    if warmup_steps == 1 and lr_at(0, total_steps, cfg) == 0:
-        raise InputError(
-            "num_warmup_it 0: the learning rate of the only step of this warm-up is 0; raise it, "
-            "or set warmup_steps and warmup_ratio to 0"
-        )
-    if warmup_steps > total_steps:
-        raise InputError(
-            f"num_warmup_it {warmup_steps - 1}: a warm-up of {warmup_steps} optimizer steps is "
-            f"longer than the run of {total_steps}; lower it (HP_WARMUP_IT), or train longer"
-        )
 
 
 def claim_directory(

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,9 +21,10 @@ from ssm_train.ending import hear_others
 from ssm_train.health.isolation import check_isolation
 from ssm_train.health.liveness import check_liveness, unchanged
 from ssm_train.health.out_of_memory import BatchTooLarge, explain_out_of_memory, halve
+from ssm_train.watchdog import beat
 
 if TYPE_CHECKING:
-    from ssm_train.fit import Ready
+    from ssm_train.ready import Ready
 
 FULL_ROW = 4096  # tokens from which on kernels choose as they do for longer rows
 
@@ -51,6 +54,22 @@ def compile_kernels(ready: Ready, model: nn.Module) -> None:
         warnings.warn(f"kernels are compiled one after the other: {reason}", stacklevel=2)
     if (seconds := time.perf_counter() - began) > 1:
         ready.notes.append(f"kernels compiled in {seconds:.1f} s")
+
+
+def tell_compiling(
+    device: torch.device, say: Callable[[str], None]
+) -> AbstractContextManager[None]:
+    """Lines about kernels under compilation, on rank 0 of a run on a GPU; else nothing. They are
+    progress."""
+    if device.type != "cuda" or not distributed.is_main():
+        return nullcontext()
+    from ssm_train.kernels import compiling  # triton, which a CPU may do without
+
+    def say_progress(text: str) -> None:
+        beat()
+        say(text)
+
+    return compiling.tell_compiling(say_progress)
 
 
 def prove(ready: Ready, model: nn.Module) -> None:

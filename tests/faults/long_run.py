@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ssm_train import fit
+from ssm_train import ready
 from ssm_train.cli import main
 
 EVERY = 100
@@ -25,14 +25,14 @@ def look(step: int) -> list[float]:
 if __name__ == "__main__":
     config, file = sys.argv[1:]
     rows: list[list[float]] = []
-    make_batches = fit.make_batches
+    make_batches = ready.make_batches
 
     def watched(data: Any, order: Any, cfg: Any, step: int) -> Any:
         if step % EVERY == 0:
             rows.append(look(step))
         return make_batches(data, order, cfg, step)
 
-    fit.make_batches = watched
+    ready.make_batches = watched
     code = main(["train", "--cfg", config])
     Path(file).write_text(json.dumps(rows))
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()

@@ -9,14 +9,14 @@ import time
 from itertools import count
 from typing import Any
 
-from ssm_train import evaluation, fit
+from ssm_train import evaluation, ready
 from ssm_train.cli import main
 from ssm_train.stop_flag import StopFlag
 
 if __name__ == "__main__":
     rank, place, names, *command = sys.argv[1:]
     first, *others = (signal.Signals[name] for name in names.split("+"))
-    make, collate, evaluated = fit.make_batches, evaluation.collate, count(1)
+    make, collate, evaluated = ready.make_batches, evaluation.collate, count(1)
 
     def send(here: str) -> None:
         if here == place and os.environ["RANK"] == rank:
@@ -34,5 +34,5 @@ if __name__ == "__main__":
         send(f"eval-{next(evaluated)}")
         return collate(*given)
 
-    fit.make_batches, evaluation.collate = make_batches, collate_evaluated
+    ready.make_batches, evaluation.collate = make_batches, collate_evaluated
     sys.exit(main(command))

@@ -26,8 +26,8 @@ from ssm_train.loop import TrainState
 from ssm_train.optim import build_optimizer
 from ssm_train.peft.sd_lora import SdLoraMethod
 from ssm_train.peft.spec import load_peft
+from ssm_train.ready import get_ready
 from ssm_train.resume import RunCheckpoints, find_resume_point
-from ssm_train.train import get_ready
 
 Hook = Callable[[str], None]  # for `durable.at_write_point`
 Point = tuple[str, int]  # name, and the how manieth of this name in a save

@@ -11,7 +11,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tiny_runs import LORA, assert_same_run, metrics, train, write_config
 
-from ssm_train import fit, loop
+from ssm_train import loop, ready
 from ssm_train.adapters.gla_mixer import GatedMLP
 from ssm_train.adapters.mamba import MambaAdapter
 from ssm_train.checkpoint import load_checkpoint
@@ -32,9 +32,9 @@ def spoil(monkeypatch, where: str, value: float, first: int, last: int) -> None:
     """In steps `first` to `last` (from 1) the loss, a gradient, or the output of the second layer's
     MLP has such a value. The step is seen by whom its batches are made for."""
     now = []
-    original = fit.make_batches
+    original = ready.make_batches
     monkeypatch.setattr(
-        fit, "make_batches", lambda *given: now.append(given[-1] + 1) or original(*given)
+        ready, "make_batches", lambda *given: now.append(given[-1] + 1) or original(*given)
     )
 
     def bad() -> bool:
@@ -130,7 +130,7 @@ def poison(monkeypatch, first: int, last: int) -> list[tuple[int, int]]:
     step, from 1 and from 0."""
     seen: list[tuple[int, int]] = []
     now: list[int] = []
-    made, step, of = fit.make_batches, loop.train_step, loop.loss_of
+    made, step, of = ready.make_batches, loop.train_step, loop.loss_of
 
     def make_batches(*given):
         now.append(given[-1])
@@ -141,7 +141,7 @@ def poison(monkeypatch, first: int, last: int) -> list[tuple[int, int]]:
         seen.append((number + 1, now[-1]))
         return report
 
-    monkeypatch.setattr(fit, "make_batches", make_batches)
+    monkeypatch.setattr(ready, "make_batches", make_batches)
     monkeypatch.setattr(loop, "train_step", train_step)
     monkeypatch.setattr(
         loop, "loss_of",

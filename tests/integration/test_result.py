@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 from tiny_runs import LORA, SIDES, metrics, stop_in_step, train, write_config
 
-from ssm_train import fit as root
+from ssm_train import ready as root
 from ssm_train.record.report import find_runs, report_runs
 
 

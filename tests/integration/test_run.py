@@ -192,7 +192,7 @@ def test_a_second_process_does_not_train_in_the_directory_of_a_run(flag, tmp_pat
             command = [sys.executable, "-m", "ssm_train", "train", "--cfg", str(config), flag]
             refused.append(subprocess.run(command, capture_output=True, text=True))
 
-    monkeypatch.setattr("ssm_train.fit.show_batches", start_another)
+    monkeypatch.setattr("ssm_train.ready.show_batches", start_another)
     train(config)
     [done] = refused
     assert done.returncode == 2

@@ -148,16 +148,16 @@ def test_a_stop_waits_for_its_checkpoint(
 def test_an_error_in_training_waits_for_the_checkpoint(
     tmp_path: Path, slow_disk: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssm_train import fit
+    from ssm_train import ready
 
-    original = fit.make_batches
+    original = ready.make_batches
 
     def make_batches(dataset, order, cfg, k):
         if k == 3:
             raise RuntimeError("no batch")
         return original(dataset, order, cfg, k)
 
-    monkeypatch.setattr(fit, "make_batches", make_batches)
+    monkeypatch.setattr(ready, "make_batches", make_batches)
     config = write_config(tmp_path, "failed", "mamba", peft=LORA, async_save=True)
     with pytest.raises(RuntimeError, match="no batch"):
         train(config)

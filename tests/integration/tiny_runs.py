@@ -118,7 +118,7 @@ def train(config: Path, **overrides: Any) -> Result:
 
 def stop_in_step(monkeypatch: Any, step: int) -> None:
     """SIGUSR1 while optimizer step `step` (from 0) is under way."""
-    from ssm_train import fit as root
+    from ssm_train import ready as root
 
     original = root.make_batches
     once = iter([True])

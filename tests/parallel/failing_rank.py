@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ssm_train import fit, loop
+from ssm_train import loop, ready
 from ssm_train.adapters.mamba import MambaAdapter
 from ssm_train.cli import main
 
@@ -42,14 +42,14 @@ def spoil() -> None:
 def fail_in(step: int, fail: Any) -> None:
     if step < 0:
         fail()
-    original = fit.make_batches
+    original = ready.make_batches
 
     def make_batches(data: Any, order: Any, cfg: Any, k: int) -> Any:
         if k == step:
             fail()
         return original(data, order, cfg, k)
 
-    fit.make_batches = make_batches
+    ready.make_batches = make_batches
 
 
 FAILURES = {"die": die, "hang": hang, "memory": run_out_of_memory, "nan": spoil}

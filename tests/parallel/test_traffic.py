@@ -17,7 +17,7 @@ from collectives import CollectiveCount
 from engine_runs import CALM, ROOT, environment, spawn
 from tiny_runs import train, write_config
 
-from ssm_train import scaling
+from ssm_train import shares
 
 BYTES_ACKNOWLEDGED = 120  # where Linux's struct tcp_info has tcpi_bytes_acked, 8 bytes
 STEP = 3  # after the first, in which engines learn the model's order
@@ -60,7 +60,7 @@ def count_all(directory: Path) -> None:
     limits: dict[str, int] = {}
 
     def see_whole(model: Any) -> tuple[int, int]:
-        found["model"] = asdict(scaling.measure(model, limits))
+        found["model"] = asdict(shares.measure(model, limits))
         return count_parameters(model)
 
     def count(run: Any, step: int) -> Any:
@@ -125,13 +125,13 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def planned(found: dict[str, Any], name: str, case: str) -> scaling.Part:
+def planned(found: dict[str, Any], name: str, case: str) -> shares.Part:
     weights = {
-        key: scaling.Weights(**value) if isinstance(value, dict) else value
+        key: shares.Weights(**value) if isinstance(value, dict) else value
         for key, value in found["model"].items()
     }
     micro_batches = CASES[case][1].get("gradient_accumulation_steps", 1)
-    parts = scaling.divide(scaling.Model(**weights), 2, micro_batches)
+    parts = shares.divide(shares.Model(**weights), 2, micro_batches)
     return next(part for part in parts if part.engine == name.partition(",")[0])
 
 

@@ -71,7 +71,7 @@ def examples(data: Any) -> list[tuple[list[int], list[bool], int]]:
 
 
 def test_what_is_read_back_is_what_was_tokenized(settings, tokenizer, encoded, monkeypatch):
-    monkeypatch.setattr("ssm_train.data.examples.CHUNK_RECORDS", 6)
+    monkeypatch.setattr("ssm_train.data.pieces.CHUNK_RECORDS", 6)
     limited = settings.model_copy(update={"max_length": 5})
     first = {split: load_task_data(limited, tokenizer, split) for split in ("train", "val")}
     assert len(encoded) == 2 and len(first["train"].chunks) == 4

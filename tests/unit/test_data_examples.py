@@ -10,7 +10,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ssm_train.data import examples
 from ssm_train.data.examples import find_label_tokens, tokenize_records
 from ssm_train.data.records import Records
 from ssm_train.data.tasks import build_task
@@ -213,7 +212,7 @@ def test_what_prompts_share_is_tokenized_once(words):
 def test_chunks_end_where_there_is_much_text(words, monkeypatch):
     """However long documents are, no more than some of them are in memory."""
     whole = tokenize_records(records(rows(30)), COPY, words, training=True)
-    monkeypatch.setattr(examples, "CHUNK_CHARACTERS", 40)
+    monkeypatch.setattr("ssm_train.data.pieces.CHUNK_CHARACTERS", 40)
     data = tokenize_records(records(rows(30)), COPY, words, training=True)
     assert len(whole.chunks) == 1 and len(data.chunks) > 5
     assert data.lengths.tolist() == whole.lengths.tolist()
@@ -223,7 +222,7 @@ def test_chunks_end_where_there_is_much_text(words, monkeypatch):
 
 
 def test_a_chunk_of_which_all_is_dropped(words, monkeypatch):
-    monkeypatch.setattr(examples, "CHUNK_RECORDS", 5)
+    monkeypatch.setattr("ssm_train.data.pieces.CHUNK_RECORDS", 5)
     long, short = {"a": "x " * 9, "b": "y"}, {"a": "x", "b": "y"}
     many = [*[short] * 5, *[long] * 5, *[short] * 2, *[long] * 5]
     data = tokenize_records(records(many), COPY, words, training=True, max_length=5)
@@ -235,8 +234,8 @@ def test_a_chunk_of_which_all_is_dropped(words, monkeypatch):
 def test_processes_give_what_one_process_gives(words, monkeypatch):
     many = rows(47)
     alone = tokenize_records(records(many), COPY, words, training=False)
-    monkeypatch.setattr(examples, "CHUNK_RECORDS", 5)
-    monkeypatch.setattr(examples, "PARALLEL_AFTER_SECONDS", -1.0)
+    monkeypatch.setattr("ssm_train.data.pieces.CHUNK_RECORDS", 5)
+    monkeypatch.setattr("ssm_train.data.pieces.PARALLEL_AFTER_SECONDS", -1.0)
     done: list[int] = []
     shared = tokenize_records(
         records(many), COPY, words, training=False, num_workers=2, progress=done.append
@@ -252,7 +251,7 @@ def test_processes_give_what_one_process_gives(words, monkeypatch):
 
 ALONE = """
 import multiprocessing, sys, time
-from ssm_train.data import DataSettings, examples, sources
+from ssm_train.data import DataSettings, examples, pieces, sources
 from ssm_train.data.tasks import build_task
 from ssm_train.data.vocabulary import build_tokenizer
 
@@ -261,7 +260,7 @@ def look(done):
     time.sleep(600)
 
 if __name__ == "__main__":
-    examples.PARALLEL_AFTER_SECONDS, examples.CHUNK_RECORDS = -1.0, 5
+    pieces.PARALLEL_AFTER_SECONDS, pieces.CHUNK_RECORDS = -1.0, 5
     task = build_task({"type": "generation", "prompt": "{a}", "label": "{a}"})
     source = sources.find_source(DataSettings(data=sys.argv[1]), "train")
     words = build_tokenizer(["w1"], {"type": "word"})
@@ -292,8 +291,8 @@ def is_living(pid):
 
 def test_a_process_that_is_killed_while_it_tokenizes_is_said(words, monkeypatch):
     """As by a system that has no memory left; nothing waits for it for ever."""
-    monkeypatch.setattr(examples, "PARALLEL_AFTER_SECONDS", 0)
-    monkeypatch.setattr(examples, "CHUNK_RECORDS", 50)
+    monkeypatch.setattr("ssm_train.data.pieces.PARALLEL_AFTER_SECONDS", 0)
+    monkeypatch.setattr("ssm_train.data.pieces.CHUNK_RECORDS", 50)
 
     def kill(done: int) -> None:
         for process in multiprocessing.active_children():

@@ -22,7 +22,7 @@ from ssm_train.engines.launcher import Statement, read_command, read_parent
 from ssm_train.engines.zero import SECONDS_TO_BUILD, await_build
 from ssm_train.engines.zero_config import Numbers, fill_sizes, read_config
 from ssm_train.errors import InputError
-from ssm_train.fit import Ready
+from ssm_train.ready import Ready
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))

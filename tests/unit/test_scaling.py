@@ -18,16 +18,8 @@ from ssm_train.cli import main
 from ssm_train.commands import BAD_INPUT, DONE
 from ssm_train.fit import warn_of_engine
 from ssm_train.plan import Plan
-from ssm_train.scaling import (
-    Cluster,
-    Model,
-    Outlook,
-    Part,
-    Weights,
-    divide,
-    measure,
-    warn_of_parts,
-)
+from ssm_train.scaling import Cluster, Outlook, warn_of_parts
+from ssm_train.shares import Model, Part, Weights, divide, measure
 
 ROOT = Path(__file__).parents[2]
 LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 16}
