@@ -143,13 +143,17 @@ def describe_measures(cfg: RunConfig, task: Task, main_metric: str) -> str:
     return f"best by {main_metric}{why}"
 
 
-def find_splits(cfg: RunConfig) -> tuple[tuple[str, ...], list[str]]:
-    """Of train, val and test, those that this run reads; a line where it tests nothing."""
+def find_splits(cfg: RunConfig) -> tuple[str, ...]:
+    """Of train, val and test, those that this run reads."""
     if cfg.skip_eval:
-        return ("train",), []
-    if reason := why_no_test(cfg):
-        return ("train", "val"), [f"nothing is tested at the end: {reason}"]
-    return ("train", "val", "test"), []
+        return ("train",)
+    return ("train", "val") if why_no_test(cfg) else ("train", "val", "test")
+
+
+def describe_untested(cfg: RunConfig) -> list[str]:
+    """A line where a run that evaluates tests nothing at its end."""
+    reason = None if cfg.skip_eval else why_no_test(cfg)
+    return [f"nothing is tested at the end: {reason}"] if reason else []
 
 
 @dataclass

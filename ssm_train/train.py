@@ -19,6 +19,7 @@ from ssm_train.assemble import (
     debug_config,
     debug_peft,
     describe_measures,
+    describe_untested,
     find_splits,
     keep_new_base,
 )
@@ -90,7 +91,7 @@ def run_in(
     cfg = cfg.model_copy(update={"resume": cfg.resume and not first})
     check_run_directory(run_dir, overwrite=cfg.overwrite, resume=cfg.resume)
     check_trackers(cfg.trackers)
-    splits, untested = find_splits(cfg)
+    splits = find_splits(cfg)
     cfg, changes = check_same_run(cfg, run_dir) if cfg.resume else (cfg, [])
     changes += ["--resume: no run is there yet, so this one begins"] if first else []
     task = check_data(cfg, splits)
@@ -108,7 +109,7 @@ def run_in(
         held.enter_context(ready.stop)
         held.enter_context(hear_others())
         lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
-        lines += [*untested, *changes, *ready.notes]
+        lines += [*describe_untested(cfg), *changes, *ready.notes]
         if repeats is not None:
             record = read_environment(repeats)
             lines += [f"{repeats} was {line}" for line in describe_resumptions(record)]

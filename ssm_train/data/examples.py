@@ -5,6 +5,7 @@ Loss is on the learnt segments only; which tokens those are is kept by position,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
