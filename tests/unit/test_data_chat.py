@@ -215,7 +215,7 @@ def test_long_text_is_cut_and_every_token_is_learnt_once(tokenizer):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_blank_texts_are_skipped_and_counted(tokenizer, training, monkeypatch):
-    monkeypatch.setattr("ssm_train.data.examples.CHUNK_RECORDS", 2)
+    monkeypatch.setattr("ssm_train.data.pieces.CHUNK_RECORDS", 2)
     rows = [{"text": text} for text in ("who", "are", "you", " \n", "", "", "hello")]
     data = tokenize(CorpusTask(), rows, tokenizer, training=training)
     assert len(data) == 4 and len(data.chunks) == 4
