@@ -48,7 +48,7 @@ def outputs(
 
 def target_loss(hidden: Tensor, lm_head: nn.Module, positions: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy summed over flat `positions` [S] of hidden [B, T, H]: [] fp32."""
-    if isinstance(lm_head, LmHead) and lm_head.sums(hidden):
+    if isinstance(lm_head, LmHead) and lm_head.gives_loss_of(hidden):
         loss: Tensor = lm_head(hidden, positions, targets)
         return loss
     return sum_cross_entropy(target_logits(hidden, lm_head, positions), targets)

@@ -127,9 +127,9 @@ class LmHead(nn.Linear):
         dtype = compute_dtype(x) if autocasts(x) else self.weight.dtype
         return sum_linear_cross_entropy(x.flatten(0, -2), self.weight, positions, targets, dtype)
 
-    def sums(self, hidden: Tensor) -> bool:
-        """Whether it may return the loss of `hidden`: in fp16 gradients are scaled before they are
-        cast; a bias, and hooks other than ZeRO-3's, are for logits."""
+    def gives_loss_of(self, hidden: Tensor) -> bool:
+        """Whether it can: in fp16 gradients are scaled before they are cast; a bias, and hooks
+        other than ZeRO-3's, are for logits."""
         weight = stored_weight(self)
         dtype = compute_dtype(hidden) if autocasts(hidden) else weight.dtype
         hooked = has_hooks(self) and not hasattr(weight, "ds_id")

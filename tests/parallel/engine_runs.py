@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba_accumulated": ("mamba", {"peft": CALM}),
     "mamba_pissa": ("mamba", {"peft": PISSA}),
     "mamba_lora_ga": ("mamba", {"peft": LORA_GA}),
+    "gla_dora": ("gla", {"peft": CALM | {"use_dora": True}}),
     "mamba_sparse": ("mamba", {"peft": SPARSE}),
     "gla_stopped_full": ("gla", {}),
     "mamba_stopped": ("mamba", {"peft": PISSA}),  # its changed base is in checkpoints
