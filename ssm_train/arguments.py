@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ssm_train import __version__, commands
+from ssm_train import __version__, argument_types, commands
 from ssm_train.errors import InputError
 
 EPILOG = """exit codes:
@@ -138,7 +137,7 @@ def add_merge(add: Add) -> None:
     )
     command.add_argument(
         "--tolerance",
-        type=share,
+        type=argument_types.share,
         default=1e-5,
         metavar="X",
         help="largest change of the logits, relative to their size (default: 1e-5)",
@@ -186,15 +185,20 @@ def add_plan(add: Add) -> None:
     )
     add_cfg(command)
     command.add_argument(
-        "--gib", type=amount, help="memory of the GPU (default: that of the one here, else 79.2)"
+        "--gib",
+        type=argument_types.amount,
+        help="memory of the GPU (default: that of the one here, else 79.2)",
     )
     add_count(command, "--gpus", "GPUs that train together")
     command.add_argument(
-        "--net", type=amount, metavar="GB/s", help="what each GPU can send to the others"
+        "--net",
+        type=argument_types.amount,
+        metavar="GB/s",
+        help="what each GPU can send to the others",
     )
     command.add_argument(
         "--step-seconds",
-        type=amount,
+        type=argument_types.amount,
         metavar="S",
         help="seconds of an optimizer step on one GPU, to compare with",
     )
@@ -260,7 +264,7 @@ def add_slurm(add: Add) -> None:
     add_count(command, "--gpus-per-node", "GPUs, and processes")
     command.add_argument(
         "--time",
-        type=commands.time_limit,
+        type=argument_types.time_limit,
         metavar="HH:MM:SS",
         help="limit of one start; also D-HH:MM:SS",
     )
@@ -312,26 +316,6 @@ def add_run_arguments(parser: argparse.ArgumentParser, device: str = "auto") -> 
 def add_count(
     command: argparse.ArgumentParser, flag: str, what: str, default: int | None = None
 ) -> None:
-    command.add_argument(flag, type=commands.positive, default=default, metavar="N", help=what)
-
-
-def amount(text: str) -> float:
-    value = number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def share(text: str) -> float:
-    value = number(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
-
-
-def number(text: str) -> float:
-    """NaN where it is none, which no range holds."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    command.add_argument(
+        flag, type=argument_types.positive, default=default, metavar="N", help=what
+    )

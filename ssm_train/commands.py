@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssm_train.errors import InputError, whole_number
+from ssm_train import argument_types
+from ssm_train.errors import InputError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 REQUEUE = 75  # saved itself, and wants to be started again
@@ -246,9 +247,9 @@ def what_the_job_asks_for(arguments: argparse.Namespace) -> dict[str, Any]:
 
     questions: dict[str, tuple[str, Callable[[str], object]]] = {
         "cfg": ("run config", Path),
-        "nodes": ("nodes", positive),
-        "gpus_per_node": ("GPUs of a node", positive),
-        "time": ("limit of one start, HH:MM:SS", time_limit),
+        "nodes": ("nodes", argument_types.positive),
+        "gpus_per_node": ("GPUs of a node", argument_types.positive),
+        "time": ("limit of one start, HH:MM:SS", argument_types.time_limit),
     }
     missing = [key for key in questions if getattr(arguments, key) is None]
     if missing and not (sys.stdin and sys.stdin.isatty()):  # None: it was closed
@@ -294,20 +295,3 @@ def prompts_in(file: Path) -> list[str]:
     except UnicodeDecodeError:
         raise InputError(f"--file {file} is not UTF-8 text") from None
     return [line for line in lines if line.strip()]
-
-
-def positive(text: str) -> int:
-    number = whole_number(text)
-    if number is None or number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return number
-
-
-def time_limit(text: str) -> str:
-    from ssm_train.launch.slurm import read_time
-
-    try:
-        read_time(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
