@@ -44,7 +44,8 @@ class EvalSettings(Settings):
     """What evaluation measures."""
 
     eval_gen: dict[str, Any] | None = None
-    """Generate when evaluating: {max_length, min_length, num_beams, ...} of `transformers`."""
+    """Generate when evaluating: {max_new_tokens, num_beams, do_sample, ...} as in `transformers`,
+    but that `max_length` is the answer's; {}: greedily, up to 128 tokens."""
     metric_for_best: str | None = None
     """Metric that chooses the best checkpoint; None: the task's main metric."""
     max_eval_examples: int | None = Field(default=None, ge=1)

@@ -15,7 +15,7 @@ from ssm_train.assemble import base_id, build_evaluation, load_examples, prepare
 from ssm_train.bases import check_base, recorded_base
 from ssm_train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, read_pointer
 from ssm_train.config import RunConfig, load_config
-from ssm_train.data.sources import resolve_source
+from ssm_train.data.sources import resolve_source, why_no_test
 from ssm_train.errors import InputError, whole_number
 from ssm_train.generate import generate_text
 from ssm_train.peft.sd_lora import SdLoraMethod
@@ -108,8 +108,10 @@ def evaluate_run(
     """Loss and metrics of a run on its own data or other; every example counts, none is
     too long; blank texts are left out, and said on stderr."""
     changes: dict[str, Any] = {}
+    began = recorded_config(run_dir)
+    if split == "test" and data is None and (reason := why_no_test(began)):
+        raise InputError(f"--split test: {reason}, or give --data")
     if data is not None or split not in (None, "val", "test"):
-        began = recorded_config(run_dir)
         # Another split is one of the training data.
         name, key = (began.data, "data") if data is None else (data, "--data")
         changes = {"val_data": name, "val_data_split": split or "val"}

@@ -34,8 +34,8 @@ class LoopSettings(Settings):
     no_save: bool = False
     """Never write checkpoints."""
     cuda_graphs: bool | None = None
-    """Record forward and backward of packed rows as CUDA graphs, on one GPU or with adapters under
-    DDP; None: where it can be."""
+    """Record forward and backward of packed rows as CUDA graphs, on one GPU or under DDP
+    (of several hosts with adapters only); None: where it can be."""
     watchdog_seconds: float = Field(default=600.0, ge=0)
     """Without a step or an evaluated batch for so long, every process writes its stack and ends;
     0: never."""

@@ -13,8 +13,8 @@ class DataSettings(Settings):
     """Which examples, and how they become batches."""
 
     data: str
-    """A JSONL/JSON/CSV/Parquet file, a directory of train/val/test files, the name of a data set
-    (docs/data.md) such as "glue-tvt_rte", or a hub data set of such files (owner/name)."""
+    """A JSONL/JSON/CSV/TSV/Parquet file, a directory of train/val/test files, the name of a data
+    set (docs/data.md) such as "glue-tvt_rte", or a hub data set of such files (owner/name)."""
     data_root: str | None = None
     """Directory with local copies of published data sets; its default is the variable
     SSM_TRAIN_DATA; None: they come from the hub."""
@@ -26,7 +26,7 @@ class DataSettings(Settings):
     val_data_split: str = "val"
     """Split of `val_data` to evaluate on."""
     test_data: str | None = None
-    """Evaluated once at the end of training, when given."""
+    """Evaluated once, at the end of training; None: the test split of `data`, where it has one."""
     task: str | dict[str, Any] | None = None
     """How fields become prompt and label: a task name or {type, prompt, label, ...}; None: the data
     set's own, or by the fields' usual names (messages; prompt and completion; text)."""

@@ -57,7 +57,10 @@ SPLITS = {
 }
 """Split -> the names that it has in a directory of files, the first one found."""
 
-PLACES = ("{stem}{suffix}", "{stem}-*{suffix}", "data/{stem}-*{suffix}", "{stem}/*{suffix}")
+PLACES = (
+    *("{stem}{suffix}", "{stem}-*{suffix}"),
+    *("data/{stem}{suffix}", "data/{stem}-*{suffix}", "{stem}/*{suffix}"),
+)
 """Where the files of a split are in a directory, or in a repository of the hub."""
 
 
@@ -175,7 +178,7 @@ def find_chat_template(settings: DataSettings) -> str | None:
 def find_source(settings: DataSettings, split: str) -> Source:
     """Where the records of a split are. Raises InputError when there are none such."""
     assert split in SPLITS, split
-    name, key = settings.data, "data"
+    name, key, way_out = settings.data, "data", f"set {split}_data"
     if split == "val":
         if settings.val_data is not None:
             name, key = settings.val_data, "val_data"
@@ -183,9 +186,7 @@ def find_source(settings: DataSettings, split: str) -> Source:
     elif split == "test" and settings.test_data is not None:
         name, key = settings.test_data, "test_data"
     if key == "data" and split != "train" and expand_home(name, key).is_file():
-        raise InputError(
-            f"data is the one file {name}, which has no {split!r} split; set val_data (test_data)"
-        )
+        raise InputError(f"data is the one file {name}, which has no {split!r} split; {way_out}")
     return resolve_source(name, split, key, settings.data_root)
 
 

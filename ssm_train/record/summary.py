@@ -123,9 +123,7 @@ def print_summary(result: Result, say: Callable[[str], None]) -> None:
     }
     rows = [("outcome", endings[result.outcome])]
     if result.skipped_steps:
-        rows.append(
-            ("skipped steps", f"{result.skipped_steps}, with a gradient that was not finite")
-        )
+        rows.append(("skipped steps", f"{result.skipped_steps}, with NaN or infinity"))
     if result.before:
         rows.append((f"{name} before", f"{result.before[name]:.4g}"))
     if result.after:

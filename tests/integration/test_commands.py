@@ -2,6 +2,7 @@
 weights in a fresh process that has another seed."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,18 @@ def test_eval_takes_other_data_and_any_split(finished, capsys, tmp_path):
     assert capsys.readouterr().err.startswith("error: --data: nope is neither a file nor a data")
     assert main(["eval", str(directory), "--data", str(few), "--split", "tset"]) == BAD_INPUT
     assert capsys.readouterr().err.startswith(f"error: --data: the file {few} has no split 'tset'")
+
+
+def test_eval_of_a_test_split_that_is_not_there(finished, capsys, tmp_path):
+    """Said before a model is looked for, which this directory does not have."""
+    cfg = (run_dir(finished, "gla_lora") / "cfg.yaml").read_text()
+    (tmp_path / "cfg.yaml").write_text(
+        re.sub(r"^test_data: .*", "test_data: null", cfg, flags=re.M)
+    )
+    assert main(["eval", str(tmp_path), "--split", "test"]) == BAD_INPUT
+    said = capsys.readouterr().err
+    assert said.startswith("error: --split test: data is the one file")
+    assert said.endswith("has no 'test' split; set test_data, or give --data\n")
 
 
 def test_generate_says_what_the_predictions_say(finished, capsys, tmp_path):

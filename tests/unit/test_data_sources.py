@@ -46,6 +46,18 @@ def test_a_directory_has_splits(folder):
     assert count(other, "val") == 1
 
 
+def test_splits_may_be_in_a_folder_data(folder):
+    settings = DataSettings(data=str(folder), task=TASK)
+    (folder / "data").mkdir()
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").rename(folder / "data" / f"{name}.jsonl")
+    assert [count(settings, split) for split in ("train", "val", "test")] == [5, 3, 2]
+    (folder / "data" / "train-0.jsonl").write_text('{"a": "a piece", "b": "no"}')
+    assert count(settings, "train") == 5  # of one place and kind only
+    (folder / "train-0.jsonl").write_text('{"a": "nearer", "b": "no"}')
+    assert count(settings, "train") == 1
+
+
 def test_files_are_named_one_by_one(folder):
     paths = {k: str(folder / f"{k}.jsonl") for k in ("train", "validation", "test")}
     settings = DataSettings(
@@ -191,7 +203,7 @@ def test_a_look_at_the_first_record_does_not_read_them_all(folder, monkeypatch):
 
 def test_test_data_is_named_or_brought_along(folder):
     file = DataSettings(data=str(folder / "train.jsonl"), task=TASK)
-    assert "which has no 'test' split; set val_data (test_data)" in why_no_test(file)
+    assert why_no_test(file).endswith("train.jsonl, which has no 'test' split; set test_data")
     assert why_no_test(DataSettings(data=str(folder), task=TASK)) is None
     assert why_no_test(DataSettings(data="quickstart")) is None
     misspelt = file.model_copy(update={"test_data": "no/test.jsonl"})

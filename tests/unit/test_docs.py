@@ -116,11 +116,21 @@ def test_the_tree_is_read_by_its_indentation() -> None:
 # ---------------------------------------------------------------- names of files and tests
 
 
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
-    local = [t.partition("#")[0] for t in targets if not t.startswith(("http", "#"))]
-    assert not [target for target in local if not (page.parent / target).exists()]
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        name, _, anchor = target.partition("#")
+        if name.startswith("http"):
+            continue
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
 
 
 @each_page
@@ -217,6 +227,18 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for word in words:
             if re.match(r"(tests|benchmarks|cfg)/", word):
                 assert (ROOT / word.partition("::")[0]).exists(), f"{page.name}: {line}"
+
+
+@each_page
+def test_jobs_have_the_precision_of_their_config(page: Path) -> None:
+    for line in command_lines(page):
+        variables, words = split_command(line)
+        job = next((w for w in words if w.startswith("slurm/train_")), None)
+        if words[:1] == ["sbatch"] and job is not None:
+            source = (ROOT / job).read_text(encoding="utf-8")
+            assert (default := re.search(r"\$\{PREC:-(\w+)\}", source)), job
+            cfg, _ = load_config(ROOT / words[words.index(job) + 1])
+            assert variables.get("PREC", default[1]) == cfg.prec, f"{page.name}: {line}"
 
 
 def examples_of_help() -> dict[str, str]:
