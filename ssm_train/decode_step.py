@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssm_train.adapters.modules import CACHE_NAMES
 from ssm_train.recording import NotRecorded, record
 
 Place = tuple[Any, Any]
@@ -22,7 +23,6 @@ FindPlaces = Callable[[Any], Iterable[Place]]
 """The `state_places` of a model's class: where its caches keep states, in an order that is one.
 Its forward then knows no more of the past than these states: a token after the prompt needs no
 attention mask."""
-CACHE_NAMES = ("past_key_values", "cache_params")
 
 
 @contextmanager

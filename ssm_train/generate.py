@@ -145,11 +145,14 @@ class Decoder:
     def batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Indices of prompts of similar lengths, longest first.
 
-        `min_length` counts the prompt, and transformers the padding too: with it, a batch has
-        prompts of one length only.
+        Some options look at the prompt, and transformers at the padding too (for
+        `repetition_penalty` older ones): with them, a batch has prompts of one length only.
         """
+        options = self.options
+        penalty = options.repetition_penalty != 1
+        one_length = options.min_length or options.no_repeat_ngram_size or penalty
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        groups = groupby(order, key=lambda i: len(prompts[i]) if self.options.min_length else 0)
+        groups = groupby(order, key=lambda i: len(prompts[i]) if one_length else 0)
         for _, group in groups:
             members = list(group)
             for start in range(0, len(members), self.batch_size):

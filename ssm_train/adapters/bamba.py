@@ -63,9 +63,10 @@ class BambaForCausalLM(stock.BambaForCausalLM):
         cu_seqlens: Tensor | None = None,
         target_positions: Tensor | None = None,
         targets: Tensor | None = None,
-        **model_inputs: Any,
-    ) -> CausalLMOutputWithPast:
-        """See `head.outputs` for what comes back."""
+        return_dict: bool | None = None,
+        **more_inputs: Any,
+    ) -> Any:
+        """See `head.outputs` for what comes back; `more_inputs` of the model and of its loss."""
         assert cu_seqlens is None, "Bamba's attention does not know packed documents"
         outputs = self.model(
             input_ids=input_ids,
@@ -74,7 +75,8 @@ class BambaForCausalLM(stock.BambaForCausalLM):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **model_inputs,
+            return_dict=True,
+            **more_inputs,
         )
         loss, logits = head.outputs(
             self,
@@ -83,14 +85,16 @@ class BambaForCausalLM(stock.BambaForCausalLM):
             targets=targets,
             labels=labels,
             logits_to_keep=logits_to_keep,
+            **more_inputs,
         )
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return output if return_dict is not False else output.to_tuple()
 
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {

@@ -54,12 +54,13 @@ class GLAForCausalLM(fla_model.GLAForCausalLM):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         target_positions: Tensor | None = None,
         targets: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
+        **loss_kwargs: Any,
+    ) -> Any:
         """See `head.outputs` for what comes back."""
         chunks = None
         if cu_seqlens is not None and cu_seqlens.is_cuda:  # once a batch, for all layers
@@ -83,13 +84,15 @@ class GLAForCausalLM(fla_model.GLAForCausalLM):
             targets=targets,
             labels=labels,
             logits_to_keep=logits_to_keep,
+            **loss_kwargs,
         )
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+        return output if return_dict is not False else output.to_tuple()
 
     @staticmethod
     def state_places(cache: Any) -> Iterator[tuple[Any, Any]]:

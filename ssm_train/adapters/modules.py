@@ -15,6 +15,9 @@ from ssm_train.adapters.base import KernelChoice
 from ssm_train.kernels.causal_conv1d import causal_conv1d
 from ssm_train.loss import sum_linear_cross_entropy
 
+CACHE_NAMES = ("past_key_values", "cache_params")
+"""What forwards call a cache of states."""
+
 
 def retype(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -> int:
     """Gives every module whose exact type is in `table` the type it maps to; returns how many.
@@ -189,7 +192,10 @@ class Part:
 
         @wraps(forward)
         def forward_or_recompute(self: Any, *args: Any, **options: Any) -> Any:
-            if self.recompute and self.training and torch.is_grad_enabled():
+            # What a cache holds is changed by the first run: a second one would begin elsewhere.
+            caches = any(options.get(name) is not None for name in CACHE_NAMES)
+            recomputes = self.recompute and self.training and torch.is_grad_enabled()
+            if recomputes and not caches:
                 return checkpoint(forward, self, *args, use_reentrant=False, **options)
             return forward(self, *args, **options)
 

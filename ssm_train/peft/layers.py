@@ -139,12 +139,15 @@ class DeltaLayer(OwnLayer):
                 moved[name] = move(moved.get(name, getattr(self.base_layer, name)), delta)
         if not moved:
             return self.base_layer(x, *inputs, **options)
-        if x.dtype in (torch.bfloat16, torch.float16) and not autocasts(x):
+        ids = not x.is_floating_point()  # which embeddings read
+        dtype = self.base_layer.weight.dtype if ids else x.dtype
+        if dtype in (torch.bfloat16, torch.float16) and not autocasts(x):
             fp32 = {k: p.float() for k, p in self.base_layer.named_parameters(recurse=False)}
-            output = functional_call(self.base_layer, fp32 | moved, (x.float(), *inputs), options)
+            wide = x if ids else x.float()
+            output = functional_call(self.base_layer, fp32 | moved, (wide, *inputs), options)
             if isinstance(self.base_layer, Fp32BiasLinear):  # its output is fp32 for any input
                 return output
-            return tree_map_only(Tensor, lambda y: y.to(x.dtype), output)
+            return tree_map_only(Tensor, lambda y: y.to(dtype), output)
         return functional_call(self.base_layer, moved, (x, *inputs), options)
 
     def obstacle(self, adapter: str) -> str | None:

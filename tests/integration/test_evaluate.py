@@ -120,6 +120,17 @@ def test_batches_equal_transformers_one_by_one(model, tokenizer, num_beams, opti
         assert expected != create_decoder(tokenizer, num_beams=num_beams, **free)(model, PROMPTS)
 
 
+@pytest.mark.parametrize("options", [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}])
+def test_padding_is_no_token_that_occurred(model, tokenizer, options):
+    """Where padding is the end of text, an answer beside a longer prompt would end later. For
+    repetition_penalty that is so in the oldest transformers that we take, 5.17."""
+    same = copy.deepcopy(tokenizer)
+    same.pad_token = same.eos_token
+    options = options | {"max_new_tokens": 9}
+    expected = [answer_of_transformers(model, prompt, **options) for prompt in PROMPTS]
+    assert create_decoder(same, **options)(model, PROMPTS) == expected
+
+
 def log_probability(model, prompt, answer):
     ids = torch.tensor([[*prompt, *answer]])
     with torch.no_grad():

@@ -59,6 +59,18 @@ def test_the_affix_is_as_if_inserted(family: str, num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_mixers_have_the_same_gradients(family: str) -> None:
+    found = []
+    for recompute in (False, True):
+        mixer, tokens = with_affix(family, 3)
+        mixer.train().recompute = recompute
+        mixer(hidden_states(2, 11)).square().sum().backward()
+        assert tokens.grad is not None
+        found.append(tokens.grad)
+    assert relative_error(found[1], found[0]) < 1e-12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_it_the_mixer_says_something_else(family: str) -> None:
     mixer, _ = with_affix(family, 2)
     hidden = hidden_states(1, 5)

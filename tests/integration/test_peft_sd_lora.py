@@ -262,7 +262,7 @@ def test_a_bf16_model_computes_without_autocast_too(family, own):
             "peft_type": "LAYER_FREEZE",
             "trainable_layers": {
                 "mamba": ["in_proj", "conv1d", "dt_proj", "norm"],
-                "gla": ["q_proj", "gk_proj"],
+                "gla": ["q_proj", "gk_proj", "embeddings"],
             }[family],
         },
     }[own]

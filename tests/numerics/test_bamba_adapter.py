@@ -69,6 +69,16 @@ def test_logits_and_gradients_equal_transformers(options, padded):
         assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+def test_the_loss_of_a_step_in_parts_is_that_of_transformers():
+    """Its Trainer gives the number of targets of all parts, and does not divide itself."""
+    ids = tokens(2, 9)
+    stock, ours = make_stock(), make_ours()
+    expected = stock(ids, labels=ids, num_items_in_batch=torch.tensor(40), use_cache=False).loss
+    options = {"labels": ids, "num_items_in_batch": torch.tensor(40), "use_cache": False}
+    torch.testing.assert_close(ours(ids, **options).loss, expected)
+    torch.testing.assert_close(ours(ids, **options, return_dict=False)[0], expected)
+
+
 def test_cached_decode_equals_full_forward():
     ours = make_ours()
     ids = tokens(2, 9)

@@ -177,6 +177,16 @@ def test_logits_and_gradients_equal_fla(plain_fla, variant, length):
     assert_same_gradients(gradients(ours), gradients(stock))
 
 
+def test_the_loss_of_a_step_in_parts_is_a_part_of_it():
+    """Trainers of transformers give the targets of all parts, and do not divide themselves."""
+    ours, ids = make_ours(), tokens(2, 9)
+    options = {"labels": ids, "use_cache": False}
+    expected = ours(ids, **options).loss * (2 * 8 / 40)
+    options |= {"num_items_in_batch": torch.tensor(40)}
+    torch.testing.assert_close(ours(ids, **options).loss, expected)
+    torch.testing.assert_close(ours(ids, **options, return_dict=False)[0], expected)
+
+
 @pytest.mark.parametrize("variant", ["plain", "short_conv"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(plain_fla, variant, side):
