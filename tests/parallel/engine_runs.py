@@ -8,11 +8,12 @@ import os
 import shutil
 import socket
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tiny_runs import LORA, LORA_GA, MODELS, PISSA, SIDES, SPARSE, stop_in_step, train, write_config
@@ -52,8 +53,7 @@ FUSED = ("lora_linears", "sum_linear_cross_entropy")  # our operations that read
 # On GPUs a few, by the reference, so that there is no other difference than the engine.
 DEVICE = os.environ.get("SSM_TRAIN_TEST_DEVICE", "cpu")
 ON_GPU = ("gla_lora", "mamba_full", "gla_packed", "mamba_lora", "gla_stopped_full")
-if DEVICE == "cuda":
-    CASES = {name: CASES[name] for name in ON_GPU}
+COMPARED = ON_GPU if DEVICE == "cuda" else tuple(CASES)
 # Of DDP between hosts, where all weights train, which is another way.
 BETWEEN_HOSTS = ("gla_full", "gla_accumulated_full", "gla_bf16", "mamba_bf16", "mamba_inf")
 # Of optimizers on the host; else they are ZeRO-2 and ZeRO-3.
@@ -70,7 +70,7 @@ NAMES = {"ddp": "DDP", "ddp_hosts": "DDP", "fsdp2": "FSDP2"} | {
 def cases_of(engine: str) -> list[str]:
     """What is trained under an engine."""
     some = BETWEEN_HOSTS if engine == "ddp_hosts" else OFFLOADED if "offload" in engine else None
-    return [name for name in (*CASES, *ODD) if some is None or name in some]
+    return [name for name in (*COMPARED, *ODD) if some is None or name in some]
 
 
 def environment(engine: str) -> dict[str, str]:
@@ -164,33 +164,45 @@ def run_all(engine: str, directory: Path, names: Sequence[str]) -> None:
 
 @contextmanager
 def seen_inside(engine: str) -> Iterator[set[str]]:
-    """The dtypes that projections give, and which of our fused operations run. DeepSpeed switches
+    """What training steps do: the dtypes that projections give, and which of our fused operations
+    run. The preflight and evaluations, which have the whole model, do not count. DeepSpeed switches
     autocast off around the model there, as it does by itself on a GPU only."""
+    from ssm_train import loop
     from ssm_train.adapters import modules
     from ssm_train.peft import fused_lora
 
     seen: set[str] = set()
-    originals = [(modules, "project"), (modules, FUSED[1]), (fused_lora, FUSED[0])]
-    kept = [(owner, name, getattr(owner, name)) for owner, name in originals]
+    under_way: list[int] = []  # the step, while it is
 
-    def watch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def watch(owner: Any, name: str, describe: Callable[[Any], Iterable[str]]) -> Any:
+        function = getattr(owner, name)
+
         def run(*inputs: Any, **options: Any) -> Any:
             outputs = function(*inputs, **options)
-            seen.update({name} if name in FUSED else {str(output.dtype) for output in outputs})
+            seen.update(describe(outputs) if under_way else ())
             return outputs
 
-        return run
+        return patch.object(owner, name, run)
 
-    if engine.startswith("zero"):
-        from deepspeed.runtime import engine as deepspeed_engine
+    train_step = loop.train_step
 
-        kept.append((deepspeed_engine, "autocast_if_enabled", deepspeed_engine.autocast_if_enabled))
-        deepspeed_engine.autocast_if_enabled = off
-    for owner, name in originals:
-        setattr(owner, name, watch(name, getattr(owner, name)))
-    yield seen
-    for owner, name, function in kept:
-        setattr(owner, name, function)
+    def step(run: Any, number: int) -> Any:
+        under_way.append(number)
+        try:
+            return train_step(run, number)
+        finally:
+            under_way.clear()
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(loop, "train_step", step))
+        stack.enter_context(watch(modules, "project", lambda ys: {str(y.dtype) for y in ys}))
+        for owner, name in zip((fused_lora, modules), FUSED, strict=True):
+            stack.enter_context(watch(owner, name, lambda _, name=name: {name}))
+        if engine.startswith("zero"):
+            from deepspeed.runtime import engine as deepspeed_engine
+
+            stack.enter_context(patch.object(deepspeed_engine, "autocast_if_enabled", off))
+        yield seen
 
 
 @contextmanager
@@ -249,11 +261,9 @@ def try_to_free(engine: str, config: Path) -> None:
 
     def look(self: Any) -> None:
         moments = [x for state in self._base.state.values() for x in state.values()]
-        held, weights = (
-            [weakref.ref(x) for x in (*self._parts, *moments)],
-            [*self.bare.parameters()],
-        )
+        held = [weakref.ref(x) for x in (*self._parts, *moments)]
         moments.clear()
+        weights = list(self.bare.parameters())
         close(self)
         left.append(sum(x() is not None for x in held) + sum(p.numel() for p in weights))
 

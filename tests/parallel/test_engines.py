@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from engine_runs import (
-    CASES,
+    COMPARED,
     DEVICE,
     ENGINES,
     FUSED,
@@ -27,12 +27,12 @@ from engine_runs import (
 )
 from tiny_runs import assert_same_tensors, exported, losses, metrics, train
 
-STOPPED = [name for name in CASES if "stopped" in name]
+STOPPED = [name for name in COMPARED if "stopped" in name]
 PAIRS = [
     (engine, name)
     for engine in ENGINES
     for name in cases_of(engine)
-    if name in CASES and name not in STOPPED
+    if name in COMPARED and name not in STOPPED
 ]
 NEAR, TENSORS_NEAR = (1e-5, 1e-6) if DEVICE == "cpu" else (1e-4, 1e-4)
 RESUMING = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -42,7 +42,7 @@ RESUMING = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases in one process, without an end before time."""
     directory = tmp_path_factory.mktemp("alone")
-    for name in CASES | ODD:
+    for name in (*COMPARED, *ODD):
         train(write(directory, name, 1))
     return directory
 
