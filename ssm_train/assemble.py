@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -150,10 +151,11 @@ def find_splits(cfg: RunConfig) -> tuple[str, ...]:
     return ("train", "val") if why_no_test(cfg) else ("train", "val", "test")
 
 
-def describe_untested(cfg: RunConfig) -> list[str]:
+def describe_untested(cfg: RunConfig, splits: Collection[str]) -> list[str]:
     """A line where a run that evaluates tests nothing at its end."""
-    reason = None if cfg.skip_eval else why_no_test(cfg)
-    return [f"nothing is tested at the end: {reason}"] if reason else []
+    if cfg.skip_eval or "test" in splits:
+        return []
+    return [f"nothing is tested at the end: {why_no_test(cfg)}"]
 
 
 @dataclass

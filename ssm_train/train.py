@@ -109,7 +109,7 @@ def run_in(
         held.enter_context(ready.stop)
         held.enter_context(hear_others())
         lines = [*describe_start(ready, provenance), describe_measures(cfg, task, main_metric)]
-        lines += [*describe_untested(cfg), *changes, *ready.notes]
+        lines += [*describe_untested(cfg, splits), *changes, *ready.notes]
         if repeats is not None:
             record = read_environment(repeats)
             lines += [f"{repeats} was {line}" for line in describe_resumptions(record)]
