@@ -16,13 +16,13 @@ from fla.modules import FusedRMSNormGated as FlaFusedRMSNormGated
 from fla.modules import GatedMLP as FlaGatedMLP
 from fla.modules import RMSNorm as FlaRMSNorm
 from fla.modules import ShortConvolution as FlaShortConvolution
-from fla.modules.activations import ACT2FN, swiglu
+from fla.modules.activations import ACT2FN
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 from torch import Tensor, nn
 
 from ssm_train.adapters import modules
 from ssm_train.adapters.base import KernelChoice
-from ssm_train.adapters.gla_triton import Chunks, packed_gla
+from ssm_train.adapters.gla_triton import Chunks, packed_gla, swiglu
 from ssm_train.kernels.causal_conv1d import causal_conv1d
 from ssm_train.kernels.gla import gla
 from ssm_train.kernels.gla.triton import gla_step
@@ -50,11 +50,13 @@ class RMSNorm(FlaRMSNorm):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Norm of `x + residual`; with `prenorm` also that sum, in the residual's dtype."""
+        """Norm of `x + residual`, in the dtype of the products that read it; with `prenorm` also
+        that sum, in the residual's."""
+        options: dict[str, Any] = {"dtype": modules.compute_dtype(x), "kernels": self.kernels}
         if residual is None:
-            y, total = rms_norm(x, self.weight, self.eps, kernels=self.kernels), x
+            y, total = rms_norm(x, self.weight, self.eps, **options), x
         else:
-            y, total = rms_norm(x, self.weight, self.eps, residual=residual, kernels=self.kernels)
+            y, total = rms_norm(x, self.weight, self.eps, residual=residual, **options)
         return (y, total) if prenorm else y
 
 
@@ -101,7 +103,8 @@ class GatedMLP(modules.Part, FlaGatedMLP):  # type: ignore[misc]
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         """SwiGLU through the down_proj module, whose LoRA stock fla's fused form would miss."""
         gate, up = modules.project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(swiglu(gate, up) if uses_triton(self, x) else F.silu(gate) * up)
+        hidden = swiglu(gate, up) if uses_triton(self, x) else F.silu(gate) * up
+        return modules.project(hidden, self.down_proj)[0]
 
 
 class GatedLinearAttention(modules.Part, fla_layer.GatedLinearAttention):  # type: ignore[misc]
@@ -155,7 +158,10 @@ class GatedLinearAttention(modules.Part, fla_layer.GatedLinearAttention):  # typ
         if self.feature_map_fn is not None:
             feature_map = ACTIVATIONS[self.feature_map_fn]
             q, k = feature_map(q), feature_map(k)
-        g = self._log_decay(decay)  # [B, T, H, K] fp32
+        if chunks is None:
+            g = self._log_decay(decay)  # [B, T, H, K] fp32
+        else:
+            g = modules.recompute_in(self.gk_proj[1], self._log_decay, decay)
         if real is not None:  # the state passes through padding unchanged
             k = k.masked_fill(~real[..., None], 0)
             g = g.masked_fill(~real[..., None], 0)
@@ -179,7 +185,8 @@ class GatedLinearAttention(modules.Part, fla_layer.GatedLinearAttention):  # typ
             conv_state=windows,
             offset=length,
         )
-        return self.o_proj(self._gate_output(o, *gate)), None, past_key_values
+        (output,) = modules.project(self._gate_output(o, *gate), self.o_proj)
+        return output, None, past_key_values
 
     def _forget(self, q: Tensor, k: Tensor, v: Tensor, forgotten: Tensor) -> tuple[Tensor, Tensor]:
         """Keys without the channels that have no memory, and what those contribute at their own

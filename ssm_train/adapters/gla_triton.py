@@ -1,5 +1,6 @@
-"""fla's chunked GLA over packed documents, from its own kernels but without a wait for the device:
-fla reads the number of chunks back in every layer; here a bound of it is known beforehand."""
+"""fla's kernels for GLA, as our layers call them. Its chunked GLA over packed documents without a
+wait for the device: fla reads the number of chunks back in every layer; here a bound of it is known
+beforehand."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from fla.modules.activations.ops import swiglu_fwd, swiglu_fwdbwd
 from fla.ops.common.chunk_h import chunk_bwd_kernel_dh, chunk_fwd_kernel_h
 from fla.ops.gla.chunk import (
     chunk_gla_bwd_dA,
@@ -21,6 +23,8 @@ from fla.ops.gla.chunk import (
 from fla.ops.utils.constant import RCP_LN2
 from fla.ops.utils.cumsum import chunk_local_cumsum
 from torch import Tensor
+
+from ssm_train.kernels.again import made_again, saved, saved_last
 
 CHUNK = 64  # steps, as in fla
 
@@ -67,8 +71,9 @@ def find_chunks(cu_seqlens: Tensor, length: int) -> Chunks:
 def packed_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, chunks: Chunks) -> Tensor:
     """`kernels.gla.gla` over packed documents: q, k, g [1, T, H, K], v [1, T, H, V], g fp32."""
     scale = q.shape[-1] ** -0.5
-    rows = (x.contiguous() for x in (q, k, v, g))
-    o: Tensor = PackedGla.apply(*rows, scale, chunks)
+    q, k, v, g = (x.contiguous() for x in (q, k, v, g))
+    with made_again(g):
+        o: Tensor = PackedGla.apply(q, k, v, g, scale, chunks)
     return o
 
 
@@ -81,14 +86,15 @@ class PackedGla(torch.autograd.Function):
         h = states(k, v, decay, chunks, k.dtype)
         A = chunk_gla_fwd_intra_gk(q, k, decay, scale=scale, **chunks.options)
         o = chunk_gla_fwd_o_gk(q, v, decay, A, h, scale=scale, **chunks.options)
-        ctx.save_for_backward(q, k, v, decay, A)
+        ctx.save_for_backward(q, k, v, g, A)
         ctx.scale, ctx.chunks = scale, chunks
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor):  # type: ignore[no-untyped-def]
-        q, k, v, decay, A = ctx.saved_tensors
+        q, k, v, g, A = ctx.saved_tensors
         do, scale, options = do.contiguous(), ctx.scale, ctx.chunks.options
+        decay = chunk_local_cumsum(g, scale=RCP_LN2, **options)
         h = states(k, v, decay, ctx.chunks, torch.float32)
         dh = state_gradients(q, do, decay, scale, ctx.chunks, h)
         dv = chunk_gla_bwd_dv(k, decay, A, do, dh, **options)
@@ -135,3 +141,23 @@ def launch(chunks: Chunks, T: int, H: int, K: int, V: int) -> dict[str, Any]:
         "USE_G": False, "USE_G_GAMMA": False, "USE_GK": True, "USE_GV": False,
         "STATE_V_FIRST": False,
     }  # fmt: skip
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, each [..., I]."""
+    result: Tensor = SwiGlu.apply(gate, up)
+    return result
+
+
+class SwiGlu(torch.autograd.Function):
+    """fla's SwiGLUFunction, whose output may be made again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.make_again = lambda ctx: swiglu_fwd(*saved(ctx))
+        return swiglu_fwd(gate, up)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return swiglu_fwdbwd(*saved_last(ctx), g=gradient)  # type: ignore[no-any-return]

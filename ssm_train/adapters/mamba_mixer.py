@@ -16,6 +16,7 @@ from transformers.models.mamba2 import modeling_mamba2 as stock2
 from ssm_train.adapters import modules, ssd_triton
 from ssm_train.adapters.base import KernelChoice
 from ssm_train.kernels import implementation
+from ssm_train.kernels.again import made_again
 from ssm_train.kernels.rms_norm import gated_rms_norm, rms_norm
 from ssm_train.kernels.selective_scan import selective_scan
 from ssm_train.kernels.ssd import ssd
@@ -113,31 +114,33 @@ class MambaMixer(CachedMixer, stock1.MambaMixer):
         self._check_dtype()
         real = real_positions(hidden_states, attention_mask)
         window, past = self._find_context(hidden_states, cache_params)
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # [B, T, d]
+        x, z = modules.project(hidden_states, self.in_proj)[0].chunk(2, dim=-1)  # [B, T, d]
         x = self._convolve(x, real, cache_params, cu_seqlens, window)
-        dt, B, C = self.x_proj(x).split(
+        dt, B, C = modules.project(x, self.x_proj)[0].split(
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
         )
-        dt = self.dt_proj(dt)
-        if real is not None:  # a step of size 0: the state passes through padding unchanged
-            dt = dt.masked_fill(~real, -torch.inf)
+        if real is None:
+            dt = modules.recompute_in(self.dt_proj, self.dt_proj, dt)  # [B, T, d] fp32
+        else:  # a step of size 0: the state passes through padding unchanged
+            dt = self.dt_proj(dt).masked_fill(~real, -torch.inf)
         with torch.autocast(x.device.type, enabled=False):
             A_log, B, C = self.extra_states((self.log_decay(self.A_log), B, C), x)
             B, C = self.input_matrix(B), self.output_matrix(C)  # [B, T, n], or [B, T, d, n]
-            y, state = selective_scan(
-                x,
-                dt,
-                -torch.exp(A_log),
-                B,
-                C,
-                D=self.skip(self.D),
-                z=z,
-                dt_softplus=True,
-                kernels=self.kernels,
-                initial_state=past,
-                output_final_state=cache_params is not None,
-                cu_seqlens=cu_seqlens,
-            )
+            with made_again(x, dt):
+                y, state = selective_scan(
+                    x,
+                    dt,
+                    -torch.exp(A_log),
+                    B,
+                    C,
+                    D=self.skip(self.D),
+                    z=z,
+                    dt_softplus=True,
+                    kernels=self.kernels,
+                    initial_state=past,
+                    output_final_state=cache_params is not None,
+                    cu_seqlens=cu_seqlens,
+                )
             if (offset := self.offset(None, C)) is not None:  # [B, T, d]
                 y = y + (F.silu(z.float()) * offset).to(y.dtype)
         if cache_params is not None:
@@ -171,7 +174,7 @@ class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
     ) -> Tensor:
         self._check_dtype()
         real = real_positions(hidden_states, attention_mask)
-        z, xBC, dt = self.in_proj(hidden_states).split(
+        z, xBC, dt = modules.project(hidden_states, self.in_proj)[0].split(
             [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
         )
         window, past = self._find_context(hidden_states, cache_params)
@@ -196,16 +199,17 @@ class Mamba2Mixer(CachedMixer, stock2.Mamba2Mixer):
                 y = ssd_step(*inputs, skip, past)
             else:
                 plain = ssd_triton.implementation(self.kernels, x.device) == "reference"
-                y, state = (ssd if plain else ssd_triton.ssd_triton)(
-                    *inputs,
-                    D=skip,
-                    initial_state=past,
-                    output_final_state=cache_params is not None,
-                    cu_seqlens=cu_seqlens,
-                )
+                with made_again(xBC):
+                    y, state = (ssd if plain else ssd_triton.ssd_triton)(
+                        *inputs,
+                        D=skip,
+                        initial_state=past,
+                        output_final_state=cache_params is not None,
+                        cu_seqlens=cu_seqlens,
+                    )
         if cache_params is not None:
             cache_params.update_recurrent_state(state, self.layer_idx)
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return modules.project(self.norm(y.flatten(-2), z), self.out_proj)[0]
 
     def _steps_in_place(self: Any, hidden: Tensor, cache: Any) -> bool:
         """Whether Triton may take a step of hidden [B, T, H] in the cached state itself."""
@@ -253,10 +257,11 @@ class RMSNorm:
     kernels: KernelChoice = "auto"
 
     def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
-        """The norm of their sum, and with a residual the sum in its dtype."""
+        """The norm of their sum, in the dtype of the products that read it, and with a residual
+        the sum in its dtype."""
         return rms_norm(
             hidden_states, self.weight, self.variance_epsilon,
-            residual=residual, kernels=self.kernels,
+            residual=residual, dtype=modules.compute_dtype(hidden_states), kernels=self.kernels,
         )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssm_train.adapters.base import KernelChoice
+from ssm_train.kernels.again import made_again, recomputed
 from ssm_train.kernels.causal_conv1d import causal_conv1d
 from ssm_train.loss import sum_linear_cross_entropy
 
@@ -141,12 +142,25 @@ class LmHead(nn.Linear):
 
 def project(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     """Outputs of modules that read the same x, which is cast once and not by each; those that say
-    so (`joins`) are one operation."""
+    so (`joins`) are one operation. None keeps x for the backward pass if it can be made again."""
     x = x.to(compute_dtype(x))
     lead: Any = next((module for module in modules if hasattr(module, "joins")), None)
     joint = [module for module in modules if lead is not None and lead.joins(module, x)]
-    together = dict(zip(joint, lead.forward_together(joint, x), strict=True)) if joint else {}
-    return [together[module] if module in together else module(x) for module in modules]
+    with made_again(x):
+        together = dict(zip(joint, lead.forward_together(joint, x), strict=True)) if joint else {}
+        return [together[module] if module in together else module(x) for module in modules]
+
+
+def recompute_in(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), which calls a small module: on a GPU computed again in the backward pass (see
+    `again.recomputed`), unless the module draws random numbers."""
+    if not x.is_cuda or not torch.is_grad_enabled() or drops_out(module):
+        return function(x)
+    return recomputed(function, x)
+
+
+def drops_out(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in module.modules())
 
 
 class CausalConv1d(nn.Conv1d):

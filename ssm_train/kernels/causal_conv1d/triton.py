@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssm_train.kernels.again import saved, saved_last
 from ssm_train.kernels.rows import by_rows
 
 CHANNELS, WARPS = 128, 1  # of a program: four channels a thread, in bf16 8 bytes
@@ -86,20 +87,15 @@ class _Convolution(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, silu: bool
     ) -> Tensor:
         x, weight = by_rows(x), weight.contiguous()
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        grid, chunk = grid_of(x)
-        _outputs[grid](
-            x, x.stride(1), weight, bias, starts, y, x.shape[1], x.shape[2], chunk,
-            **sizes_of(weight, silu),
-        )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, starts)
         ctx.silu = silu
-        return y
+        ctx.make_again = lambda ctx: convolve(*saved(ctx), silu=ctx.silu)
+        return convolve(x, weight, bias, starts, silu=silu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, starts = ctx.saved_tensors
+        x, weight, bias, starts = saved_last(ctx)
         grid, chunk = grid_of(x)
         programs = grid[1] * grid[2]  # along time: each has a share of a channel's sums
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -117,6 +113,18 @@ class _Convolution(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = grad_bias.sum(0).to(bias.dtype)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, *, silu: bool
+) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grid, chunk = grid_of(x)
+    _outputs[grid](
+        x, x.stride(1), weight, bias, starts, y, x.shape[1], x.shape[2], chunk,
+        **sizes_of(weight, silu),
+    )  # fmt: skip
+    return y
 
 
 def grid_of(x: Tensor) -> tuple[tuple[int, int, int], int]:

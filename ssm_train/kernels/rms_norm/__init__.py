@@ -19,10 +19,11 @@ def rms_norm(
     eps: float,
     *,
     residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     kernels: str = "auto",
 ) -> Any:
     """`reference.rms_norm`, by the implementation for x's device; fp64 by the reference."""
-    return choose(x, kernels).rms_norm(x, weight, eps, residual=residual)
+    return choose(x, kernels).rms_norm(x, weight, eps, residual=residual, dtype=dtype)
 
 
 def gated_rms_norm(

@@ -8,24 +8,31 @@ from torch import Tensor
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y = total / sqrt(mean(total^2) + eps) * weight, with total = x, or x + residual.
 
     Args:
         x: [..., D]. weight: [D], ones if None.
         residual: [..., D], in a dtype of its own.
+        dtype: of y; x's if None.
 
     Returns:
-        y [..., D] in x's dtype; with a residual also the total, in the residual's. Inside, all of
-        it is fp32 (fp64 for fp64 inputs): the norm is that of the total before it is rounded.
+        y [..., D]; with a residual also the total, in the residual's dtype. Inside, all of it is
+        fp32 (fp64 for fp64 inputs): the norm is that of the total before it is rounded.
     """
+    dtype = dtype or x.dtype
     total = x.to(torch.promote_types(x.dtype, torch.float32))
     if residual is None:
-        return normalize(total, weight, eps).to(x.dtype)
+        return normalize(total, weight, eps).to(dtype)
     assert residual.shape == x.shape, (residual.shape, x.shape)
     total = total + residual
-    return normalize(total, weight, eps).to(x.dtype), total.to(residual.dtype)
+    return normalize(total, weight, eps).to(dtype), total.to(residual.dtype)
 
 
 def gated_rms_norm(

@@ -12,16 +12,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssm_train.kernels.again import saved, saved_last
+
 ELEMENTS = 2048  # of a program at a time, or one row; 16 for a thread
 PROGRAMS = 528  # backwards, that share the rows where the weight is trained: 4 on each of 132 SMs
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `reference.rms_norm`."""
     assert residual is None or residual.shape == x.shape, (residual, x.shape)
-    y, total = _Norm.apply(x, residual, None, weight, eps, x.shape[-1], None)
+    y, total = _Norm.apply(x, residual, None, weight, eps, x.shape[-1], None, dtype or x.dtype)
     return y if residual is None else (y, total)
 
 
@@ -37,7 +44,7 @@ def gated_rms_norm(
     """See `reference.gated_rms_norm`."""
     assert gate.shape == x.shape, (gate.shape, x.shape)
     order = "first" if gate_first else "last"
-    return _Norm.apply(x, None, gate, weight, eps, group_size or x.shape[-1], order)[0]
+    return _Norm.apply(x, None, gate, weight, eps, group_size or x.shape[-1], order, x.dtype)[0]
 
 
 class _Norm(torch.autograd.Function):
@@ -53,25 +60,22 @@ class _Norm(torch.autograd.Function):
         eps: float,
         group_size: int,
         gate_order: str | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        groups, rest = divmod(x.shape[-1], group_size)
+        rest = x.shape[-1] % group_size
         assert rest == 0 and (weight is None or weight.shape == x.shape[-1:]), (x.shape, group_size)
         weight = None if weight is None else weight.contiguous()
         rows = [None if v is None else as_rows(v) for v in (x, residual, gate)]
-        count = x.numel() // x.shape[-1]
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
         total = None
         if residual is not None:
             total = torch.empty_like(residual, memory_format=torch.contiguous_format)
-        rstd = x.new_empty((count, groups), dtype=torch.float32)
         ctx.sizes = sizes_of(group_size) | {"GATE": gate_order}
-        _outputs[triton.cdiv(count, ctx.sizes["ROWS"]), groups](
-            *with_strides(rows), weight, y, total, rstd, count, eps, **ctx.sizes
-        )
+        ctx.shape, ctx.dtype, ctx.dtype_of_y, ctx.eps = x.shape, x.dtype, dtype, eps
+        y, rstd = norm_rows(ctx, rows, weight, total)
         if total is not None and total.dtype == torch.float32:  # not rounded, and kept anyway
             rows[:2] = total, None  # itself: a view of an output would keep its own graph alive
         ctx.save_for_backward(*rows, weight, rstd)
-        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.make_again = make_again
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
         return y, total
@@ -81,7 +85,7 @@ class _Norm(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, residual, gate, weight, rstd = ctx.saved_tensors
+        x, residual, gate, weight, rstd = saved_last(ctx)
         x = as_rows(x)
         grad_y = torch.zeros_like(x) if grad_y is None else as_rows(grad_y)
         grad_total = None if grad_total is None else as_rows(grad_total)
@@ -104,7 +108,29 @@ class _Norm(torch.autograd.Function):
             grad_residual = grad_x
         if grad_weight is not None:
             grad_weight = grad_weight.sum(0).to(weight.dtype)
-        return grad_x, grad_residual, grad_gate, grad_weight, None, None, None
+        return grad_x, grad_residual, grad_gate, grad_weight, None, None, None, None
+
+
+def make_again(ctx: Any) -> Tensor:
+    """See `again.made_again`."""
+    x, residual, gate, weight, _ = saved(ctx)
+    return norm_rows(ctx, [as_rows(x), residual, gate], weight, None)[0]
+
+
+def norm_rows(
+    ctx: Any, rows: list[Tensor | None], weight: Tensor | None, total: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of x, residual and gate, each [rows, D] or None: y in its shape, and 1 / sqrt(mean + eps)
+    [rows, groups]; fills `total` unless it is None."""
+    x, size = rows[0], ctx.sizes["SIZE"]
+    assert x is not None
+    count, groups = len(x), x.shape[1] // size
+    y = x.new_empty(ctx.shape, dtype=ctx.dtype_of_y)
+    rstd = x.new_empty((count, groups), dtype=torch.float32)
+    _outputs[triton.cdiv(count, ctx.sizes["ROWS"]), groups](
+        *with_strides(rows), weight, y, total, rstd, count, ctx.eps, **ctx.sizes
+    )
+    return y, rstd
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -157,6 +183,7 @@ def _outputs(
     value = _load(x, x_stride, row, d, mask)
     if residual is not None:
         value += _load(residual, residual_stride, row, d, mask)
+    if total is not None:
         tl.store(total + place, value, mask=mask)
     if GATE is not None:
         opened = _load(gate, gate_stride, row, d, mask)

@@ -1,0 +1,115 @@
+"""Values that cost little to make: the backward pass makes them again, and they are not kept for
+it. A Function that makes one says how (`ctx.make_again`), who reads it that it may (`made_again`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
+"""Nodes behind which all elements lie as before."""
+
+
+class Place(NamedTuple):
+    """What was to be kept: elements of a value that `maker` makes."""
+
+    maker: Any
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: Any  # elements
+
+
+@contextmanager
+def made_again(*values: Tensor) -> Iterator[None]:
+    """Inside, nothing keeps the values for its backward pass, or slices of them, but how they are
+    made, where their makers say so.
+
+    The maker is the node of a Function whose ctx has `make_again`: given the ctx it returns the
+    Function's first output once more, bit for bit.
+    """
+    makers = {
+        (x.untyped_storage().data_ptr(), x.dtype): maker
+        for x in values
+        if (maker := find_maker(x)) is not None and fills_its_memory(x)
+    }
+
+    def pack(x: Tensor) -> Tensor | Place:
+        maker = makers.get((x.untyped_storage().data_ptr(), x.dtype))
+        return x if maker is None else Place(maker, x.size(), x.stride(), x.storage_offset())
+
+    if not makers:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def unpack(kept: Tensor | Place) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    maker = kept.maker
+    if not hasattr(maker, "made"):  # for all readers, until the maker's own backward pass
+        maker.made = maker.make_again(maker)
+    made: Tensor = maker.made
+    return made.as_strided(kept.size, kept.stride, kept.offset)
+
+
+def find_maker(x: Tensor) -> Any:
+    """The node that makes x, or that of which x is a view; None: it cannot do so again."""
+    node, output = x.grad_fn, x.output_nr
+    while node is not None and node.name() in VIEWS:
+        node, output = node.next_functions[0]  # type: ignore[assignment]
+    return node if output == 0 and hasattr(node, "make_again") else None
+
+
+def fills_its_memory(x: Tensor) -> bool:
+    return x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+def saved(ctx: Any) -> tuple[Any, ...]:
+    """`ctx.saved_tensors`, for `make_again`: inside a checkpoint they can be had once only."""
+    if not hasattr(ctx, "taken"):
+        ctx.taken = ctx.saved_tensors
+    taken: tuple[Any, ...] = ctx.taken
+    return taken
+
+
+def saved_last(ctx: Any) -> tuple[Any, ...]:
+    """The same for the Function's backward pass, after which nobody reads what it has made."""
+    taken = saved(ctx)
+    vars(ctx).pop("made", None)
+    del ctx.taken
+    return taken
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), which `made_again` may compute again from the inputs; so may its own
+    backward pass, which keeps nothing else. The function draws no random numbers."""
+
+    def compute(*values: Tensor) -> Tensor:
+        result: Tensor = Remembered.apply(function(*values))
+        return result
+
+    result: Tensor = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
+class Remembered(torch.autograd.Function):
+    """x -> x, saved in a checkpoint, where asking for it computes it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.make_again = lambda ctx: saved(ctx)[0]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        saved_last(ctx)  # let go of it
+        return gradient
