@@ -137,7 +137,7 @@ class BambaAdapter:
         model = loading.load_or_make(stock.BambaForCausalLM, BambaConfig, spec, tokenizer)
         adopt(model)
         for module in model.modules():
-            if isinstance(module, (BambaMixer, modules.CausalConv1d, RMSNorm, GatedRMSNorm)):
+            if hasattr(module, "kernels"):
                 module.kernels = spec.kernels
         model = common.finish(model, spec, tokenizer, self.traits)
         notes = common.choose_stored(kernels, spec.device)

@@ -118,6 +118,7 @@ def adopt(model: Any, kernels: KernelChoice | None = None) -> GLAForCausalLM:
         if isinstance(module, GatedLinearAttention):
             gate = modules.under_adapters(module.gk_proj[1])
             modules.retype(gate, {nn.Linear: modules.Fp32BiasLinear})
+            gate.kernels = kernels or gate.kernels
             modules.add_sites(module, module.sites)
         if kernels is not None and type(module) in OURS.values() and hasattr(module, "kernels"):
             module.kernels = kernels
@@ -153,8 +154,9 @@ class GlaAdapter:
                 f"kernels: triton needs a GPU, but the device is {device!r}; use kernels: auto"
             )
         chosen = "triton (fla)" if on_gpu and kernels != "reference" else "reference"
-        ops = dict.fromkeys(("gla", "causal_conv1d", "swiglu"), chosen)
-        return ops | {"rms_norm": implementation(kernels, device)}
+        ours = implementation(kernels, device)
+        ops = dict.fromkeys(("gla", "causal_conv1d"), chosen)
+        return ops | {"pointwise": ours, "rms_norm": ours}
 
     def prepare(self, spec: ModelSpec) -> Prepared:
         """See `adapters.base.ModelAdapter`. A checkpoint's own tokenizer wins over the spec's."""

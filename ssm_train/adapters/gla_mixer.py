@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from ssm_train.adapters import modules
 from ssm_train.adapters.base import KernelChoice
-from ssm_train.adapters.gla_triton import Chunks, packed_gla, swiglu
+from ssm_train.adapters.gla_triton import Chunks, packed_gla
 from ssm_train.kernels.causal_conv1d import causal_conv1d
 from ssm_train.kernels.gla import gla
 from ssm_train.kernels.gla.triton import gla_step
+from ssm_train.kernels.pointwise import swiglu
 from ssm_train.kernels.rms_norm import gated_rms_norm, rms_norm
 
 # fla keeps an activation as a function (Triton or torch.compile); these are the same in PyTorch.
@@ -103,8 +104,7 @@ class GatedMLP(modules.Part, FlaGatedMLP):  # type: ignore[misc]
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         """SwiGLU through the down_proj module, whose LoRA stock fla's fused form would miss."""
         gate, up = modules.project(x, self.gate_proj, self.up_proj)
-        hidden = swiglu(gate, up) if uses_triton(self, x) else F.silu(gate) * up
-        return modules.project(hidden, self.down_proj)[0]
+        return modules.project(swiglu(gate, up, kernels=self.kernels), self.down_proj)[0]
 
 
 class GatedLinearAttention(modules.Part, fla_layer.GatedLinearAttention):  # type: ignore[misc]

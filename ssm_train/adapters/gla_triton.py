@@ -1,6 +1,5 @@
-"""fla's kernels for GLA, as our layers call them. Its chunked GLA over packed documents without a
-wait for the device: fla reads the number of chunks back in every layer; here a bound of it is known
-beforehand."""
+"""fla's chunked GLA over packed documents, from its own kernels but without a wait for the device:
+fla reads the number of chunks back in every layer; here a bound of it is known beforehand."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from fla.modules.activations.ops import swiglu_fwd, swiglu_fwdbwd
 from fla.ops.common.chunk_h import chunk_bwd_kernel_dh, chunk_fwd_kernel_h
 from fla.ops.gla.chunk import (
     chunk_gla_bwd_dA,
@@ -24,7 +22,7 @@ from fla.ops.utils.constant import RCP_LN2
 from fla.ops.utils.cumsum import chunk_local_cumsum
 from torch import Tensor
 
-from ssm_train.kernels.again import made_again, saved, saved_last
+from ssm_train.kernels.again import made_again
 
 CHUNK = 64  # steps, as in fla
 
@@ -83,8 +81,8 @@ class PackedGla(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, g, scale: float, chunks: Chunks):  # type: ignore[no-untyped-def]
         decay = chunk_local_cumsum(g, scale=RCP_LN2, **chunks.options)
-        h = states(k, v, decay, chunks, k.dtype)
-        A = chunk_gla_fwd_intra_gk(q, k, decay, scale=scale, **chunks.options)
+        h = states(k, v, decay, chunks)
+        A = chunk_gla_fwd_intra_gk(q, k, decay, scale=scale, **chunks.options).to(v.dtype)
         o = chunk_gla_fwd_o_gk(q, v, decay, A, h, scale=scale, **chunks.options)
         ctx.save_for_backward(q, k, v, g, A)
         ctx.scale, ctx.chunks = scale, chunks
@@ -95,7 +93,8 @@ class PackedGla(torch.autograd.Function):
         q, k, v, g, A = ctx.saved_tensors
         do, scale, options = do.contiguous(), ctx.scale, ctx.chunks.options
         decay = chunk_local_cumsum(g, scale=RCP_LN2, **options)
-        h = states(k, v, decay, ctx.chunks, torch.float32)
+        del g  # it was made for this
+        h = states(k, v, decay, ctx.chunks)
         dh = state_gradients(q, do, decay, scale, ctx.chunks, h)
         dv = chunk_gla_bwd_dv(k, decay, A, do, dh, **options)
         dA = chunk_gla_bwd_dA(v, do, scale=scale, **options)
@@ -104,10 +103,10 @@ class PackedGla(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg, None, None
 
 
-def states(k: Tensor, v: Tensor, decay: Tensor, chunks: Chunks, dtype: torch.dtype) -> Tensor:
+def states(k: Tensor, v: Tensor, decay: Tensor, chunks: Chunks) -> Tensor:
     """The state before each chunk, [C, H, K, V]."""
     _, T, H, K, V = *k.shape, v.shape[-1]
-    h = k.new_empty(1, len(chunks.indices), H, K, V, dtype=dtype)
+    h = k.new_empty(1, len(chunks.indices), H, K, V)
     chunk_fwd_kernel_h[grid(chunks, H, K, V)](
         k=k, v=v, h=h, g=None, g_gamma=None, gk=decay, gv=None, h0=None, ht=None,
         **launch(chunks, T, H, K, V),
@@ -141,23 +140,3 @@ def launch(chunks: Chunks, T: int, H: int, K: int, V: int) -> dict[str, Any]:
         "USE_G": False, "USE_G_GAMMA": False, "USE_GK": True, "USE_GV": False,
         "STATE_V_FIRST": False,
     }  # fmt: skip
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, each [..., I]."""
-    result: Tensor = SwiGlu.apply(gate, up)
-    return result
-
-
-class SwiGlu(torch.autograd.Function):
-    """fla's SwiGLUFunction, whose output may be made again."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.make_again = lambda ctx: swiglu_fwd(*saved(ctx))
-        return swiglu_fwd(gate, up)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return swiglu_fwdbwd(*saved_last(ctx), g=gradient)  # type: ignore[no-any-return]

@@ -24,7 +24,6 @@ from ssm_train.adapters.base import (
     Traits,
 )
 from ssm_train.adapters.mamba_mixer import (
-    CachedMixer,
     GatedRMSNorm,
     Mamba2Mixer,
     MambaMixer,
@@ -266,7 +265,7 @@ class MambaAdapter:
         if self.name == "mamba2":
             scan = {"ssd": ssd_triton.implementation(kernels, device)}
         else:
-            scan = {"selective_scan": ours}
+            scan = {"selective_scan": ours, "pointwise": ours}
         return {"causal_conv1d": ours, **scan, "rms_norm": ours}
 
     def prepare(self, spec: ModelSpec) -> Prepared:
@@ -275,7 +274,7 @@ class MambaAdapter:
         model = self._load(spec, tokenizer)
         adopt(model)
         for module in model.modules():
-            if isinstance(module, (CachedMixer, modules.CausalConv1d, RMSNorm, GatedRMSNorm)):
+            if hasattr(module, "kernels"):
                 module.kernels = spec.kernels
         model = common.finish(model, spec, tokenizer, self.traits)
         notes = common.choose_stored(kernels, spec.device)

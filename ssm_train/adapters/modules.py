@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ssm_train.adapters.base import KernelChoice
 from ssm_train.kernels.again import made_again, recomputed
 from ssm_train.kernels.causal_conv1d import causal_conv1d
+from ssm_train.kernels.pointwise import add_bias
 from ssm_train.loss import sum_linear_cross_entropy
 
 CACHE_NAMES = ("past_key_values", "cache_params")
@@ -108,13 +109,15 @@ class Fp32BiasLinear(nn.Linear):
     forward, so that LoRA wraps it and sharding engines gather the weights.
     """
 
+    kernels: KernelChoice = "auto"
+
     def forward(self, x: Tensor) -> Tensor:
         return self.add_bias(F.linear(x, self.weight))
 
     def add_bias(self, y: Tensor) -> Tensor:
         if self.bias is None:
             return y.to(torch.promote_types(y.dtype, torch.float32))
-        return y + self.bias.to(torch.promote_types(y.dtype, torch.float32))  # y is cast on the way
+        return add_bias(y, self.bias, kernels=self.kernels)
 
 
 class LmHead(nn.Linear):

@@ -41,7 +41,10 @@ def made_again(*values: Tensor) -> Iterator[None]:
 
     def pack(x: Tensor) -> Tensor | Place:
         maker = makers.get((x.untyped_storage().data_ptr(), x.dtype))
-        return x if maker is None else Place(maker, x.size(), x.stride(), x.storage_offset())
+        if maker is None:
+            return x
+        maker.readers = maker.unread = getattr(maker, "readers", 0) + 1
+        return Place(maker, x.size(), x.stride(), x.storage_offset())
 
     if not makers:
         yield
@@ -54,9 +57,12 @@ def unpack(kept: Tensor | Place) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     maker = kept.maker
-    if not hasattr(maker, "made"):  # for all readers, until the maker's own backward pass
-        maker.made = maker.make_again(maker)
-    made: Tensor = maker.made
+    made: Tensor = vars(maker).pop("made", None)
+    if made is None:
+        made = maker.make_again(maker)
+    maker.unread = (maker.unread or maker.readers) - 1
+    if maker.unread:  # for the others
+        maker.made = made
     return made.as_strided(kept.size, kept.stride, kept.offset)
 
 
@@ -69,7 +75,7 @@ def find_maker(x: Tensor) -> Any:
 
 
 def fills_its_memory(x: Tensor) -> bool:
-    return x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size() > 0
 
 
 def saved(ctx: Any) -> tuple[Any, ...]:
@@ -81,9 +87,8 @@ def saved(ctx: Any) -> tuple[Any, ...]:
 
 
 def saved_last(ctx: Any) -> tuple[Any, ...]:
-    """The same for the Function's backward pass, after which nobody reads what it has made."""
+    """The same for the Function's backward pass, after which nobody asks."""
     taken = saved(ctx)
-    vars(ctx).pop("made", None)
     del ctx.taken
     return taken
 
@@ -106,10 +111,9 @@ class Remembered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.make_again = lambda ctx: saved(ctx)[0]
+        ctx.make_again = lambda ctx: ctx.saved_tensors[0]
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        saved_last(ctx)  # let go of it
         return gradient

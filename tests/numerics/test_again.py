@@ -94,6 +94,16 @@ def test_readers_get_the_same_bits(inside: str) -> None:
     assert Square.made == (0 if inside == "recomputed" else 1)  # for both readers
 
 
+def test_what_was_made_is_let_go_after_its_last_reader() -> None:
+    x = draw()
+    h = Square.apply(x)[0]
+    loss = readers(h, again=True)
+    alive: list[bool] = []
+    h.register_hook(lambda gradient: alive.append(hasattr(h.grad_fn, "made")))
+    loss.backward()
+    assert alive == [False] and Square.made == 1
+
+
 @pytest.mark.parametrize("how", ["kept", "made", "recomputed"])
 def test_its_memory_is_given_back(how: str) -> None:
     x = draw()
@@ -223,5 +233,5 @@ def test_models_keep_less_and_learn_the_same(
     kept, expected = train_once(family, recompute)
     assert less < 0.8 * kept or recompute, (less, kept)
     for got, wanted in zip(found, expected, strict=True):
-        error = (got - wanted).norm() / wanted.norm()  # sums of mamba_ssm's are in any order
-        assert error < (1e-3 if family == "mamba2" else 1e-6)
+        error = (got - wanted).norm() / wanted.norm()
+        assert error <= (1e-3 if family == "mamba2" else 0)  # mamba_ssm adds up in any order

@@ -70,8 +70,11 @@ class _Norm(torch.autograd.Function):
         if residual is not None:
             total = torch.empty_like(residual, memory_format=torch.contiguous_format)
         ctx.sizes = sizes_of(group_size) | {"GATE": gate_order}
-        ctx.shape, ctx.dtype, ctx.dtype_of_y, ctx.eps = x.shape, x.dtype, dtype, eps
-        y, rstd = norm_rows(ctx, rows, weight, total)
+        ctx.shape, ctx.dtype, ctx.dtype_of_y = x.shape, x.dtype, dtype
+        y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        count, groups = x.numel() // x.shape[-1], x.shape[-1] // group_size
+        rstd = x.new_empty((count, groups), dtype=torch.float32)
+        norm_rows(rows, weight, rstd, y, total=total, eps=eps, **ctx.sizes)
         if total is not None and total.dtype == torch.float32:  # not rounded, and kept anyway
             rows[:2] = total, None  # itself: a view of an output would keep its own graph alive
         ctx.save_for_backward(*rows, weight, rstd)
@@ -113,24 +116,27 @@ class _Norm(torch.autograd.Function):
 
 def make_again(ctx: Any) -> Tensor:
     """See `again.made_again`."""
-    x, residual, gate, weight, _ = saved(ctx)
-    return norm_rows(ctx, [as_rows(x), residual, gate], weight, None)[0]
+    x, residual, gate, weight, rstd = saved(ctx)
+    y: Tensor = x.new_empty(ctx.shape, dtype=ctx.dtype_of_y)
+    norm_rows([as_rows(x), residual, gate], weight, rstd, y, **ctx.sizes)
+    return y
 
 
 def norm_rows(
-    ctx: Any, rows: list[Tensor | None], weight: Tensor | None, total: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Of x, residual and gate, each [rows, D] or None: y in its shape, and 1 / sqrt(mean + eps)
-    [rows, groups]; fills `total` unless it is None."""
-    x, size = rows[0], ctx.sizes["SIZE"]
-    assert x is not None
-    count, groups = len(x), x.shape[1] // size
-    y = x.new_empty(ctx.shape, dtype=ctx.dtype_of_y)
-    rstd = x.new_empty((count, groups), dtype=torch.float32)
-    _outputs[triton.cdiv(count, ctx.sizes["ROWS"]), groups](
-        *with_strides(rows), weight, y, total, rstd, count, ctx.eps, **ctx.sizes
+    rows: list[Tensor | None],
+    weight: Tensor | None,
+    rstd: Tensor,
+    y: Tensor,
+    *,
+    total: Tensor | None = None,
+    eps: float | None = None,
+    **sizes: Any,
+) -> None:
+    """Fills y and `total` from x, residual and gate, each [rows, D] or None. `rstd` [rows, groups],
+    1 / sqrt(mean + eps), is filled too, or, without eps, read: then y has the bits of that time."""
+    _outputs[triton.cdiv(len(rstd), sizes["ROWS"]), rstd.shape[1]](
+        *with_strides(rows), weight, y, total, rstd, len(rstd), eps, **sizes
     )
-    return y, rstd
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -190,8 +196,11 @@ def _outputs(
         opened *= tl.sigmoid(opened)
     if GATE == "first":
         value *= opened
-    scale = 1 / tl.sqrt(tl.sum(value * value, 1) / SIZE + eps)
-    tl.store(rstd + row * groups + group, scale, mask=row < count)
+    if eps is None:
+        scale = tl.load(rstd + row * groups + group, mask=row < count, other=0.0)
+    else:
+        scale = 1 / tl.sqrt(tl.sum(value * value, 1) / SIZE + eps)
+        tl.store(rstd + row * groups + group, scale, mask=row < count)
     value *= scale[:, None]
     if weight is not None:
         value *= tl.load(weight + d, mask=column < SIZE, other=0.0).to(tl.float32)[None, :]
