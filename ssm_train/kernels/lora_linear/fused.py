@@ -49,6 +49,7 @@ class LoraLinears(torch.autograd.Function):
         weights, biases, As, Bs = (tensors[i::4] for i in range(4))
         ctx.dtype_of_x, ctx.scalings = x.dtype, scalings
         ctx.ranks = [A.shape[0] for A in As]  # type: ignore[union-attr]
+        ctx.dtype_of_A = As[0].dtype  # type: ignore[union-attr]
         x = x.to(dtype)
         keep, a_input = None, x
         if dropout:  # the kept elements, scaled, and which they are
@@ -77,7 +78,8 @@ class LoraLinears(torch.autograd.Function):
         dA = dx = None
         if any(needs[2::4]):
             a_input = x if keep is None else x * keep * ctx.kept_scale
-            dA = (da.mT @ a_input).split(ctx.ranks)
+            dA = scale_parts(da.mT @ a_input, ctx.ranks, ctx.scalings, ctx.dtype_of_A)
+            dA = dA.split(ctx.ranks)
         if needs_x:
             dx = gradients[0] @ weights[0].to(x.dtype)
             for dy, weight in zip(gradients[1:], weights[1:], strict=True):
@@ -93,7 +95,7 @@ class LoraLinears(torch.autograd.Function):
             found += [
                 dy.mT @ x if needs_weight else None,
                 dy.sum(0) if needs_bias else None,
-                dA[i] * ctx.scalings[i] if needs_A else None,  # type: ignore[index]
+                dA[i] if needs_A else None,  # type: ignore[index]
                 dy.mT @ a if needs_B else None,
             ]
         return dx, None, None, None, *found
@@ -132,9 +134,18 @@ def prepare(
 
 def stack(As: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
     """[R, in]: all A, each times its scaling."""
+    return scale_parts(torch.cat(list(As)), [A.shape[0] for A in As], scalings, dtype)
+
+
+def scale_parts(
+    rows: Tensor, ranks: list[int], scalings: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """rows [R, in], each part of `ranks` rows times its scaling, in `dtype`: one operation where
+    all have the same."""
     if len(set(scalings)) == 1:
-        return (torch.cat(list(As)) * scalings[0]).to(dtype)
-    return torch.cat([A * scaling for A, scaling in zip(As, scalings, strict=True)]).to(dtype)
+        return torch.mul(rows, scalings[0], out=torch.empty_like(rows, dtype=dtype))
+    parts = zip(rows.split(ranks), scalings, strict=True)
+    return torch.cat([part * scaling for part, scaling in parts]).to(dtype)
 
 
 @torch.no_grad()
