@@ -49,6 +49,8 @@ class Plan:
     per_token: float
     recomputed: float
     """What the layer that is computed again keeps for a token."""
+    working: float
+    """What the backward pass of a layer has besides for a token."""
     logits: float
     tokens: int
 
@@ -58,14 +60,22 @@ class Plan:
         return self.weights + self.training + (self.gradients if self.gradients_stay else 0)
 
     def peak(self, tokens: int) -> float:
-        """At the end of the forward pass, or, with all weights trained, of the backward pass."""
-        kept = tokens * (self.per_token + self.recomputed) + self.logits
+        """Where the forward pass turns round, or, with all weights trained, at the backward pass's
+        end."""
+        kept = self.of_row(tokens)
         return self.fixed + (kept if self.gradients_stay else max(kept, self.gradients))
+
+    def of_row(self, tokens: int) -> float:
+        """What its layers keep, and where the passes meet its logits or the last layer's work."""
+        return tokens * (self.per_token + self.recomputed) + self.at_work(tokens)
+
+    def at_work(self, tokens: int) -> float:
+        return max(self.logits, tokens * self.working)
 
     def most_tokens(self, memory: float) -> int:
         """Of a row, so that the peak fits into `memory`."""
-        room = memory * ROOM - self.fixed - self.logits
-        return max(0, int(room / (self.per_token + self.recomputed)))
+        room, each = memory * ROOM - self.fixed, self.per_token + self.recomputed
+        return max(0, int(min((room - self.logits) / each, room / (each + self.working))))
 
 
 def make_plan(cfg: RunConfig) -> Plan:
@@ -76,7 +86,9 @@ def make_plan(cfg: RunConfig) -> Plan:
         raise Uncounted(f"plan does not know what layers of {adapter.name} keep")
     config: Any = prepared.model.config
     size = STORAGE[cfg.prec].itemsize
-    kept: Kept = adapter.kept(config, size)
+    embeddings: Any = prepared.model.get_input_embeddings()  # type: ignore[operator]
+    stored = embeddings.weight.element_size()
+    kept: Kept = adapter.kept(config, size, stored)
     per_token, recomputed = count_kept(kept, config, size, cfg.gradient_checkpointing)
     trained = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     tokens = tokens_of_row(cfg)
@@ -90,6 +102,7 @@ def make_plan(cfg: RunConfig) -> Plan:
         gradients_stay=gradients_stay(cfg),
         per_token=per_token + size * 3 * config.hidden_size,  # embedding, and around the last norm
         recomputed=recomputed,
+        working=kept.working,
         logits=LOGIT_BYTES * min(LOGITS_AT_ONCE, tokens * config.vocab_size),
         tokens=tokens,
     )
@@ -130,14 +143,14 @@ def gradients_stay(cfg: RunConfig) -> bool:
 def count_kept(kept: Kept, config: Any, size: int, recompute: bool | str) -> tuple[float, float]:
     """Bytes for a token in all layers, and in the part that is computed again at a time."""
     one = size * config.hidden_size  # what enters a part that is computed again
-    whole = kept.layer + kept.mixer + kept.mlp
-    left, again = whole, 0.0
+    mixer, mlp = kept.mixer + kept.made_mixer, kept.mlp + kept.made_mlp
+    left, again = kept.layer + kept.mixer + kept.mlp, 0.0
     if recompute is True:
-        left, again = kept.entering, whole
+        left, again = kept.entering, kept.layer + mixer + mlp + 2 * one
     elif recompute == "mixer":
-        left, again = whole - kept.mixer + one, kept.mixer
+        left, again = left - kept.mixer + one, mixer
     elif recompute == "mlp":
-        left, again = whole - kept.mlp + one, kept.mlp
+        left, again = left - kept.mlp + one, mlp
     return config.num_hidden_layers * left, again
 
 
@@ -163,7 +176,7 @@ def describe(plan: Plan, memory: float, cfg: RunConfig) -> Iterator[str]:
         f"activations  {gib(plan.tokens * each)}: {plan.tokens:,} tokens, "
         f"{each / 2**20:.2f} MiB each"
     )
-    yield f"logits       {gib(plan.logits)}"
+    yield f"at work      {gib(plan.at_work(plan.tokens))}: logits, or gradients inside a layer"
     most = plan.most_tokens(memory)
     verdict = "" if plan.tokens <= most else ", which does not fit"
     yield f"peak         {gib(plan.peak(plan.tokens))} of {gib(memory)}{verdict}"

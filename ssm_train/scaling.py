@@ -36,7 +36,7 @@ class Outlook:
         """Bytes: in training with what layers keep for a row and the logits, or in an evaluation
         where that takes more."""
         plan = self.plan
-        step = part.fixed + plan.tokens * (plan.per_token + plan.recomputed) + plan.logits
+        step = part.fixed + plan.of_row(plan.tokens)
         return max(step, part.weights + part.optimizer + part.whole)
 
     def fits(self, part: Part) -> bool:

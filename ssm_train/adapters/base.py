@@ -152,9 +152,10 @@ class LossSum:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a layer keeps for each token from the forward to the backward pass, on a GPU. An
-    adapter that `ssm-train plan` knows has `kept(config, size)`: its transformers configuration,
-    and the bytes of a number in the run's precision."""
+    """Bytes that a layer keeps for each token of a packed row between the passes, on a GPU. An
+    adapter that `ssm-train plan` knows has `kept(config, size, stored)`: its transformers
+    configuration, and the bytes of a number in the run's precision and of one as weights are
+    stored, in which embeddings enter the layers."""
 
     entering: float
     """What it reads, which is all that stays of a layer that is computed again."""
@@ -162,6 +163,11 @@ class Kept:
     """Outside of its parts."""
     mixer: float
     mlp: float = 0.0
+    made_mixer: float = 0.0
+    """What of the mixer is made again, which it keeps where all of it is computed again."""
+    made_mlp: float = 0.0
+    working: float = 0.0
+    """What its backward pass has besides, where that is most."""
 
 
 class ModelAdapter(Protocol):

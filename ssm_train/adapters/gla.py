@@ -174,20 +174,27 @@ class GlaAdapter:
         notes = common.choose_stored(kernels, spec.device)
         return Prepared(model, tokenizer, self.traits, kernels, notes)
 
-    def kept(self, config: Any, size: int) -> Kept:
-        """See `adapters.base.Kept`."""
+    def kept(self, config: Any, size: int, stored: int) -> Kept:
+        """See `adapters.base.Kept`. Norms, gate and SwiGLU are made again."""
         hidden, inner = config.hidden_size, config.intermediate_size
         if inner is None:  # as fla's GatedMLP chooses it
             inner = 256 * -(-int(hidden * config.hidden_ratio * 2 / 3) // 256)
         keys, values = int(hidden * config.expand_k), int(hidden * config.expand_v)
         rows = 2 * keys + values  # q, k, v
         copies = 1 + bool(config.use_short_conv) + bool(config.feature_map)
-        fp32 = 4 * (2 * keys + CHUNK * config.num_heads)  # gate before and after, products of q, k
+        products = CHUNK * config.num_heads  # of q and k in a chunk
+        states = keys * values / config.num_heads / CHUNK
+        mlp = size * 2 * inner  # gate and up
         return Kept(
-            entering=size * hidden,
-            layer=size * 2 * hidden,  # what both norms read
-            mixer=size * (hidden + copies * rows + 3 * values) + fp32,  # gate, o, what o_proj reads
-            mlp=size * (hidden + 3 * inner),
+            entering=stored * hidden,
+            layer=stored * 2 * hidden,  # what both norms read
+            mixer=size * (copies * rows + 2 * values + products),  # and o, and its gate
+            mlp=mlp,
+            made_mixer=size * values + 4 * 2 * keys,  # what o_proj reads; the decays' logarithms
+            made_mlp=size * inner,
+            # in the mixer: states and their gradients; the gate's three, and gradients of q, k and
+            # gate, in fp32; those of v, o, its gate and the layer. The MLP's are gone by then.
+            working=size * (2 * states + 3 * values + hidden) + 4 * 8 * keys - mlp,
         )
 
 

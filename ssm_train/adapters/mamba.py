@@ -280,22 +280,30 @@ class MambaAdapter:
         notes = common.choose_stored(kernels, spec.device)
         return Prepared(model, tokenizer, self.traits, kernels, notes)
 
-    def kept(self, config: Any, size: int) -> Kept:
-        """See `adapters.base.Kept`. The scan keeps a state for 128 steps."""
+    def kept(self, config: Any, size: int, stored: int) -> Kept:
+        """See `adapters.base.Kept`. Norms, convolutions and Mamba-1's step sizes are made again;
+        its scan keeps a state for 128 steps."""
         hidden, states = config.hidden_size, config.state_size
         inner = config.expand * hidden
         if self.name == "mamba2":
             groups = 2 * config.n_groups * states  # B and C
-            rows = 5 * inner + 2 * groups + config.num_heads  # in_proj, convolution, y, its norm
+            rows = 3 * inner + groups + config.num_heads  # in_proj, y
             fp32 = 4 * 2 * config.num_heads  # step sizes before and after the softplus
+            made = size * (2 * inner + groups)  # convolution, what out_proj reads
+            working = size * 8 * inner
         else:
-            rows = 4 * inner + config.time_step_rank + 2 * states  # in_proj, convolution, y, x_proj
-            fp32 = 4 * (inner + (states + 1) * inner / 128)  # step sizes; states and sums of steps
-        residual = hidden * (4 if config.residual_in_fp32 else size)
+            rows = 3 * inner + config.time_step_rank + 2 * states  # in_proj, y, x_proj
+            fp32 = 4 * (states + 1) * inner / 128  # states and sums of steps
+            made = size * inner + 4 * inner  # convolution, step sizes
+            # x again, gradients of x, z, y and both halves of in_proj; step sizes and theirs
+            working = size * 5 * inner + 4 * 2 * inner
+        residual = hidden * (4 if config.residual_in_fp32 else stored)
         return Kept(
             entering=residual + size * hidden,  # what `Block` reads
             layer=residual,  # with what the mixer gave
-            mixer=size * (hidden + rows) + fp32,
+            mixer=size * rows + fp32,
+            made_mixer=made,
+            working=working + residual,
         )
 
     def _load(self, spec: ModelSpec, tokenizer: Any) -> Any:

@@ -1,11 +1,12 @@
 """Values that cost little to make: the backward pass makes them again, and they are not kept for
 it. A Function that makes one says how (`ctx.make_again`), who reads it that it may (`made_again`).
+Inside a checkpoint none of this happens: all is computed again there anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +26,15 @@ class Place(NamedTuple):
     offset: Any  # elements
 
 
-@contextmanager
-def made_again(*values: Tensor) -> Iterator[None]:
+def made_again(*values: Tensor) -> AbstractContextManager[Any]:
     """Inside, nothing keeps the values for its backward pass, or slices of them, but how they are
-    made, where their makers say so.
+    made, where their makers say so. It is for calls that nothing else is made again in.
 
     The maker is the node of a Function whose ctx has `make_again`: given the ctx it returns the
     Function's first output once more, bit for bit.
     """
+    if others_keep():
+        return nullcontext()
     makers = {
         (x.untyped_storage().data_ptr(), x.dtype): maker
         for x in values
@@ -42,15 +44,11 @@ def made_again(*values: Tensor) -> Iterator[None]:
     def pack(x: Tensor) -> Tensor | Place:
         maker = makers.get((x.untyped_storage().data_ptr(), x.dtype))
         if maker is None:
-            return x
+            return x if x.is_leaf else x.detach()  # an output itself would hold its own node
         maker.readers = maker.unread = getattr(maker, "readers", 0) + 1
         return Place(maker, x.size(), x.stride(), x.storage_offset())
 
-    if not makers:
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack) if makers else nullcontext()
 
 
 def unpack(kept: Tensor | Place) -> Tensor:
@@ -78,24 +76,17 @@ def fills_its_memory(x: Tensor) -> bool:
     return x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size() > 0
 
 
-def saved(ctx: Any) -> tuple[Any, ...]:
-    """`ctx.saved_tensors`, for `make_again`: inside a checkpoint they can be had once only."""
-    if not hasattr(ctx, "taken"):
-        ctx.taken = ctx.saved_tensors
-    taken: tuple[Any, ...] = ctx.taken
-    return taken
-
-
-def saved_last(ctx: Any) -> tuple[Any, ...]:
-    """The same for the Function's backward pass, after which nobody asks."""
-    taken = saved(ctx)
-    del ctx.taken
-    return taken
+def others_keep() -> bool:
+    """Whether a checkpoint, or somebody else's hooks, decide what is kept. They do not see what is
+    kept by ours, which would hold all the rest for them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """function(*inputs), which `made_again` may compute again from the inputs; so may its own
     backward pass, which keeps nothing else. The function draws no random numbers."""
+    if others_keep():
+        return function(*inputs)
 
     def compute(*values: Tensor) -> Tensor:
         result: Tensor = Remembered.apply(function(*values))

@@ -57,6 +57,7 @@ from triton import knobs
 from ssm_train.kernels.causal_conv1d import triton as convolution
 from ssm_train.kernels.compiling import compile_ahead
 from ssm_train.kernels.gla.triton import gla_step
+from ssm_train.kernels.pointwise import triton as pointwise
 from ssm_train.kernels.rms_norm import triton as norm
 from ssm_train.kernels.selective_scan import triton as scan
 from ssm_train.kernels.ssd.triton import ssd_step
@@ -97,6 +98,8 @@ with compile_ahead():
     )
     (y.sum() + total.sum()).backward()
     norm.gated_rms_norm(draw(T, d), draw(T, d), None, 1e-5).sum().backward()
+    pointwise.swiglu(draw(T, d), draw(T, d)).sum().backward()
+    pointwise.add_bias(draw(T, d), draw(d, dtype=torch.float32))
     with torch.no_grad():
         q, k, v, g = (draw(2, 1, 2, 16) for _ in range(4))
         gla_step(q, k, v, g, torch.zeros(2, 2, 16, 16))
@@ -144,7 +147,8 @@ with compile_ahead():
 print(compiled, toy.measured, tuner.cache)
 """
 KERNELS = """
-causal_conv1d._gradients causal_conv1d._outputs gla._step rms_norm._gradients rms_norm._outputs
+causal_conv1d._gradients causal_conv1d._outputs gla._step pointwise._add_bias pointwise._swiglu
+pointwise._swiglu_gradients rms_norm._gradients rms_norm._outputs
 selective_scan._gradients selective_scan._outputs selective_scan._pass_states
 selective_scan._sum_segments selective_scan._sum_segments_back ssd._step
 """

@@ -86,7 +86,7 @@ def test_one_process_sends_nothing() -> None:
 
 def test_an_evaluation_may_need_more_than_a_step() -> None:
     """A model in parts is whole on each GPU then, and gradients and buffers are gone."""
-    plan = Plan(0, 0, 0, 0, 0, False, per_token=5, recomputed=2, logits=3, tokens=1)
+    plan = Plan(0, 0, 0, 0, 0, False, per_token=5, recomputed=2, working=0, logits=3, tokens=1)
     outlook = Outlook(Cluster(4, 1_000), plan, FULL, [])
     part = Part("any", weights=10, optimizer=20, gradients=10, buffers=10)
     assert outlook.peak(part) == 60

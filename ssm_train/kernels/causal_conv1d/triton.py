@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssm_train.kernels.again import saved, saved_last
 from ssm_train.kernels.rows import by_rows
 
 CHANNELS, WARPS = 128, 1  # of a program: four channels a thread, in bf16 8 bytes
@@ -89,13 +88,13 @@ class _Convolution(torch.autograd.Function):
         x, weight = by_rows(x), weight.contiguous()
         ctx.save_for_backward(x, weight, bias, starts)
         ctx.silu = silu
-        ctx.make_again = lambda ctx: convolve(*saved(ctx), silu=ctx.silu)
+        ctx.make_again = lambda ctx: convolve(*ctx.saved_tensors, silu=ctx.silu)
         return convolve(x, weight, bias, starts, silu=silu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, starts = saved_last(ctx)
+        x, weight, bias, starts = ctx.saved_tensors
         grid, chunk = grid_of(x)
         programs = grid[1] * grid[2]  # along time: each has a share of a channel's sums
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)

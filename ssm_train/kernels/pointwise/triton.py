@@ -1,5 +1,5 @@
-"""Pointwise operations in Triton: each element is read and written once, sixteen bytes a thread.
-Nothing is tuned at run time, and another number of rows compiles nothing.
+"""Pointwise operations in Triton: each element is read and written once. Nothing is tuned at
+run time, and another number of rows compiles nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssm_train.kernels.again import saved, saved_last
-
-BLOCK = 1024  # elements of a program: eight a thread
-ROWS = 4  # of a program that adds a bias, which it reads once
+ROWS, BLOCK = 4, 512  # rows of a program, and channels of each
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -36,36 +33,37 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.make_again = lambda ctx: multiply(*saved(ctx))
+        ctx.make_again = lambda ctx: multiply(*ctx.saved_tensors)
         return multiply(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = saved_last(ctx)
-        grads = torch.empty_like(gate), torch.empty_like(up)
-        count = gate.numel()
-        _swiglu_gradients[(triton.cdiv(count, BLOCK),)](
-            gate, up, grad_y.contiguous(), *grads, count, BLOCK=BLOCK
-        )
-        return grads
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        launch(_swiglu_gradients, gate, up, grad_y.contiguous(), grad_gate, grad_up)
+        return grad_gate, grad_up
 
 
 def multiply(gate: Tensor, up: Tensor) -> Tensor:
-    y, count = torch.empty_like(gate), gate.numel()
-    _swiglu[(triton.cdiv(count, BLOCK),)](gate, up, y, count, BLOCK=BLOCK)
+    y = torch.empty_like(gate)
+    launch(_swiglu, gate, up, y)
     return y
+
+
+def launch(kernel: Any, x: Tensor, *others: Tensor) -> None:
+    """A kernel over rows of the shape of x [..., D], all of them dense."""
+    width = x.shape[-1]
+    count = x.numel() // max(1, width)
+    grid = triton.cdiv(count, ROWS), triton.cdiv(width, BLOCK)
+    kernel[grid](x, *others, count, width, ROWS=ROWS, BLOCK=BLOCK)
 
 
 class _AddBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         y = torch.empty_like(x, dtype=torch.float32)
-        width = x.shape[-1]
-        count = x.numel() // max(1, width)
-        _add_bias[triton.cdiv(count, ROWS), triton.cdiv(width, BLOCK)](
-            x, bias, y, count, width, ROWS=ROWS, BLOCK=BLOCK
-        )
+        launch(_add_bias, x, bias, y)
         ctx.dtypes = x.dtype, bias.dtype
         return y
 
@@ -80,21 +78,33 @@ class _AddBias(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------- kernels
+#
+# A program has a tile of [R, C] elements. Where the width is a multiple of 16, which Triton asks
+# itself, a thread reads sixteen bytes at a time; the number of rows says nothing of that.
+
+
+@triton.jit
+def _tile(count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where its elements are, which of them exist, and their columns."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (row < count)[:, None] & (column < width)[None, :]
+    return row[:, None] * width + column[None, :], mask, column
 
 
 @triton.jit(do_not_specialize=["count"])
-def _swiglu(gate, up, y, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
+def _swiglu(gate, up, y, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    at, mask, _ = _tile(count, width, ROWS, BLOCK)
     g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + at, g * tl.sigmoid(g) * u, mask=mask)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _swiglu_gradients(gate, up, grad_y, grad_gate, grad_up, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
+def _swiglu_gradients(
+    gate, up, grad_y, grad_gate, grad_up, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    at, mask, _ = _tile(count, width, ROWS, BLOCK)
     g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
     gradient = tl.load(grad_y + at, mask=mask, other=0.0).to(tl.float32)
@@ -105,10 +115,7 @@ def _swiglu_gradients(gate, up, grad_y, grad_gate, grad_up, count, BLOCK: tl.con
 
 @triton.jit(do_not_specialize=["count"])
 def _add_bias(x, bias, y, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = row[:, None] * width + column[None, :]
-    mask = (row < count)[:, None] & (column < width)[None, :]
+    at, mask, column = _tile(count, width, ROWS, BLOCK)
     b = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + at, value + b[None, :], mask=mask)

@@ -12,8 +12,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssm_train.kernels.again import saved, saved_last
-
 ELEMENTS = 2048  # of a program at a time, or one row; 16 for a thread
 PROGRAMS = 528  # backwards, that share the rows where the weight is trained: 4 on each of 132 SMs
 
@@ -88,7 +86,7 @@ class _Norm(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, residual, gate, weight, rstd = saved_last(ctx)
+        x, residual, gate, weight, rstd = ctx.saved_tensors
         x = as_rows(x)
         grad_y = torch.zeros_like(x) if grad_y is None else as_rows(grad_y)
         grad_total = None if grad_total is None else as_rows(grad_total)
@@ -116,7 +114,7 @@ class _Norm(torch.autograd.Function):
 
 def make_again(ctx: Any) -> Tensor:
     """See `again.made_again`."""
-    x, residual, gate, weight, rstd = saved(ctx)
+    x, residual, gate, weight, rstd = ctx.saved_tensors
     y: Tensor = x.new_empty(ctx.shape, dtype=ctx.dtype_of_y)
     norm_rows([as_rows(x), residual, gate], weight, rstd, y, **ctx.sizes)
     return y
