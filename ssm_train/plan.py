@@ -89,7 +89,7 @@ def make_plan(cfg: RunConfig) -> Plan:
     embeddings: Any = prepared.model.get_input_embeddings()  # type: ignore[operator]
     stored = embeddings.weight.element_size()
     kept: Kept = adapter.kept(config, size, stored)
-    per_token, recomputed = count_kept(kept, config, size, cfg.gradient_checkpointing)
+    per_token, recomputed, working = count_kept(kept, config, size, cfg.gradient_checkpointing)
     trained = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
     tokens = tokens_of_row(cfg)
     copies = size if size < 4 and cfg.peft is None else 0  # what autocast keeps of trained weights
@@ -102,7 +102,7 @@ def make_plan(cfg: RunConfig) -> Plan:
         gradients_stay=gradients_stay(cfg),
         per_token=per_token + size * 3 * config.hidden_size,  # embedding, and around the last norm
         recomputed=recomputed,
-        working=kept.working,
+        working=working,
         logits=LOGIT_BYTES * min(LOGITS_AT_ONCE, tokens * config.vocab_size),
         tokens=tokens,
     )
@@ -140,18 +140,22 @@ def gradients_stay(cfg: RunConfig) -> bool:
     return records or cfg.gradient_accumulation_steps > 1 or processes > 1
 
 
-def count_kept(kept: Kept, config: Any, size: int, recompute: bool | str) -> tuple[float, float]:
-    """Bytes for a token in all layers, and in the part that is computed again at a time."""
+def count_kept(
+    kept: Kept, config: Any, size: int, recompute: bool | str
+) -> tuple[float, float, float]:
+    """Bytes for a token in all layers, in the part that is computed again at a time, and besides in
+    the backward pass of a layer, where that part has some of it already."""
     one = size * config.hidden_size  # what enters a part that is computed again
     mixer, mlp = kept.mixer + kept.made_mixer, kept.mlp + kept.made_mlp
-    left, again = kept.layer + kept.mixer + kept.mlp, 0.0
+    left, again, made = kept.layer + kept.mixer + kept.mlp, 0.0, 0.0
     if recompute is True:
         left, again = kept.entering, kept.layer + mixer + mlp + 2 * one
+        made = kept.made_mixer + kept.made_mlp
     elif recompute == "mixer":
-        left, again = left - kept.mixer + one, mixer
+        left, again, made = left - kept.mixer + one, mixer, kept.made_mixer
     elif recompute == "mlp":
-        left, again = left - kept.mlp + one, mlp
-    return config.num_hidden_layers * left, again
+        left, again, made = left - kept.mlp + one, mlp, kept.made_mlp
+    return config.num_hidden_layers * left, again, kept.working - made
 
 
 def tokens_of_row(cfg: RunConfig) -> int:

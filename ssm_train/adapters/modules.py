@@ -156,9 +156,9 @@ def project(x: Tensor, *modules: nn.Module) -> list[Tensor]:
 
 
 def recompute_in(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), which calls a small module: on a GPU computed again in the backward pass (see
+    """function(x), which calls a small module: computed again in the backward pass (see
     `again.recomputed`), unless the module draws random numbers."""
-    if not x.is_cuda or not torch.is_grad_enabled() or drops_out(module):
+    if not torch.is_grad_enabled() or drops_out(module):
         return function(x)
     return recomputed(function, x)
 

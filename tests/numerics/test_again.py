@@ -231,8 +231,9 @@ MODELS: dict[str, dict[str, Any]] = {
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 97}
 
 
-def train_once(family: str, recompute: Any) -> tuple[int, list[Tensor]]:
-    """Bytes that are there at the end of the forward pass, and the gradients of all weights."""
+def train_once(family: str, recompute: Any) -> tuple[int, int, list[Tensor]]:
+    """Bytes that are there at the end of the forward pass, those that the backward pass leaves, and
+    the gradients of all weights."""
     torch.manual_seed(0)
     config = MODELS[family] | SPECIAL | {"num_hidden_layers": 4}
     spec = ModelSpec(new_model=config, gradient_checkpointing=recompute, device="cuda")
@@ -246,8 +247,7 @@ def train_once(family: str, recompute: Any) -> tuple[int, list[Tensor]]:
     loss.backward()
     results = [loss.detach(), *(p.grad for p in model.parameters())]
     left = torch.cuda.memory_allocated() - before - sum(x.nbytes for x in results)
-    assert left < 2**20, "the backward pass leaves something"
-    return kept, results
+    return kept, left, results
 
 
 @pytest.mark.gpu
@@ -259,11 +259,12 @@ def test_models_keep_less_and_learn_the_same(
 ) -> None:
     if family == "mamba2":
         pytest.importorskip("mamba_ssm", reason="Mamba-2's kernels are mamba_ssm's")
-    train_once(family, recompute)  # kernels are tuned
-    less, found = train_once(family, recompute)
+    train_once(family, recompute)  # kernels are tuned, and libraries take what they work in
+    less, left, found = train_once(family, recompute)
+    assert left < 2**20, "the backward pass leaves something"
     monkeypatch.setattr(again_module, "find_maker", lambda x: None)
     monkeypatch.setattr(modules, "recomputed", lambda function, x: function(x))
-    kept, expected = train_once(family, recompute)
+    kept, _, expected = train_once(family, recompute)
     assert less < (0.8 if recompute is False else 1.01) * kept, (less, kept)
     for got, wanted in zip(found, expected, strict=True):
         error = (got - wanted).norm() / wanted.norm()
