@@ -157,14 +157,18 @@ def project(x: Tensor, *modules: nn.Module) -> list[Tensor]:
 
 def recompute_in(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), which calls a small module: computed again in the backward pass (see
-    `again.recomputed`), unless the module draws random numbers."""
-    if not torch.is_grad_enabled() or drops_out(module):
-        return function(x)
-    return recomputed(function, x)
+    `again.recomputed`), unless the module may draw random numbers."""
+    if torch.is_grad_enabled() and draws_nothing(module):
+        return recomputed(function, x)
+    return function(x)
 
 
-def drops_out(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in module.modules())
+def draws_nothing(module: nn.Module) -> bool:
+    """Whether it is a linear layer, or our LoRA on one without a dropout. Other adapters may draw
+    without a module of their own for it, as LoKr's `rank_dropout` does."""
+    known = type(module) in (nn.Linear, Fp32BiasLinear) or hasattr(module, "joins")
+    dropouts = (m for m in module.modules() if isinstance(m, nn.Dropout))
+    return known and not any(dropout.training and dropout.p > 0 for dropout in dropouts)
 
 
 class CausalConv1d(nn.Conv1d):

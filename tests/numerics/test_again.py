@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -175,11 +177,21 @@ def test_a_part_of_a_memory_is_kept() -> None:
     assert h.data_ptr() in {kept.data_ptr() for kept in saved_tensors(y.grad_fn)}
 
 
-def test_what_draws_random_numbers() -> None:
-    """A second dropout would be another one, so it is not computed again."""
-    layer = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 6))
-    assert modules.drops_out(layer.train()) and not modules.drops_out(layer.eval())
-    assert not modules.drops_out(nn.Dropout(0.0).train())
+def test_only_what_draws_nothing_is_computed_again() -> None:
+    """A second dropout would be another one."""
+    peft = pytest.importorskip("peft")
+    fused = pytest.importorskip("ssm_train.peft.fused_lora").FusedLoraLinear
+    for layer in (nn.Linear(6, 6), modules.Fp32BiasLinear(6, 6)):
+        assert modules.draws_nothing(layer.train())
+    base = nn.Sequential(OrderedDict(proj=nn.Linear(6, 6)))
+    for dropout in (0.0, 0.5):
+        config = peft.LoraConfig(r=2, target_modules=["proj"], lora_dropout=dropout)
+        layer = peft.inject_adapter_in_model(config, deepcopy(base)).proj
+        layer.__class__ = fused
+        assert modules.draws_nothing(layer.train()) == (dropout == 0)
+        assert modules.draws_nothing(layer.eval())
+    config = peft.LoKrConfig(r=2, target_modules=["proj"], rank_dropout=0.5)
+    assert not modules.draws_nothing(peft.inject_adapter_in_model(config, deepcopy(base)).proj)
 
 
 @pytest.mark.parametrize("how", ["made", "recomputed"])

@@ -20,6 +20,15 @@ def module(request, kernel_device):
     return {"reference": reference, "triton": triton}[request.param]
 
 
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 def define(name: str, first: Tensor, second: Tensor) -> Tensor:
     return first * first.sigmoid() * second if name == "swiglu" else first + second
 
