@@ -159,7 +159,7 @@ def recompute_in(module: nn.Module, function: Callable[[Tensor], Tensor], x: Ten
     """function(x), which calls a small module: computed again in the backward pass (see
     `again.recomputed`), unless the module may draw random numbers."""
     if torch.is_grad_enabled() and draws_nothing(module):
-        return recomputed(function, x)
+        return recomputed(function, x, weights=module.parameters())
     return function(x)
 
 
@@ -167,8 +167,7 @@ def draws_nothing(module: nn.Module) -> bool:
     """Whether it is a linear layer, or our LoRA on one without a dropout. Other adapters may draw
     without a module of their own for it, as LoKr's `rank_dropout` does."""
     known = type(module) in (nn.Linear, Fp32BiasLinear) or hasattr(module, "joins")
-    dropouts = (m for m in module.modules() if isinstance(m, nn.Dropout))
-    return known and not any(dropout.training and dropout.p > 0 for dropout in dropouts)
+    return known and not any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
 
 
 class CausalConv1d(nn.Conv1d):

@@ -5,7 +5,7 @@ Inside a checkpoint none of this happens: all is computed again there anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -26,6 +26,11 @@ class Place(NamedTuple):
     offset: Any  # elements
 
 
+class Kept(NamedTuple):
+    value: Tensor
+    version: int
+
+
 def made_again(*values: Tensor) -> AbstractContextManager[Any]:
     """Inside, nothing keeps the values for its backward pass, or slices of them, but how they are
     made, where their makers say so. It is for calls that nothing else is made again in.
@@ -41,19 +46,20 @@ def made_again(*values: Tensor) -> AbstractContextManager[Any]:
         if (maker := find_maker(x)) is not None and fills_its_memory(x)
     }
 
-    def pack(x: Tensor) -> Tensor | Place:
+    def pack(x: Tensor) -> Kept | Place:
         maker = makers.get((x.untyped_storage().data_ptr(), x.dtype))
-        if maker is None:
-            return x if x.is_leaf else x.detach()  # an output itself would hold its own node
+        if maker is None:  # an output itself would hold its own node
+            return Kept(x if x.is_leaf else x.detach(), x._version)
         maker.readers = maker.unread = getattr(maker, "readers", 0) + 1
         return Place(maker, x.size(), x.stride(), x.storage_offset())
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack) if makers else nullcontext()
 
 
-def unpack(kept: Tensor | Place) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
+def unpack(kept: Kept | Place) -> Tensor:
+    if isinstance(kept, Kept):
+        check_unchanged([kept.value], [kept.version])
+        return kept.value
     maker = kept.maker
     made: Tensor = vars(maker).pop("made", None)
     if made is None:
@@ -65,7 +71,10 @@ def unpack(kept: Tensor | Place) -> Tensor:
 
 
 def find_maker(x: Tensor) -> Any:
-    """The node that makes x, or that of which x is a view; None: it cannot do so again."""
+    """The node that makes x, or that of which x is a view; None: it cannot do so again, or x was
+    written into since."""
+    if x._version:
+        return None
     node, output = x.grad_fn, x.output_nr
     while node is not None and node.name() in VIEWS:
         node, output = node.next_functions[0]  # type: ignore[assignment]
@@ -82,13 +91,27 @@ def others_keep() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def check_unchanged(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
+    """PyTorch looks at this itself only where nobody's hooks are at work."""
+    if any(t._version != version for t, version in zip(tensors, versions, strict=True)):
+        raise RuntimeError(
+            "a tensor that the backward pass needs was changed in place after the forward pass"
+        )
+
+
+def recomputed(
+    function: Callable[..., Tensor], *inputs: Tensor, weights: Iterable[Tensor] = ()
+) -> Tensor:
     """function(*inputs), which `made_again` may compute again from the inputs; so may its own
-    backward pass, which keeps nothing else. The function draws no random numbers."""
+    backward pass, which keeps nothing else. The function reads `weights` and draws no random
+    numbers."""
     if others_keep():
         return function(*inputs)
+    read = (*inputs, *weights)
+    versions = [tensor._version for tensor in read]
 
     def compute(*values: Tensor) -> Tensor:
+        check_unchanged(read, versions)
         result: Tensor = Remembered.apply(function(*values))
         return result
 

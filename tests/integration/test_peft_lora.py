@@ -19,11 +19,12 @@ from peft_tiny import (
 )
 from torch import nn
 
-from ssm_train.adapters import common
+from ssm_train.adapters import common, modules
 from ssm_train.errors import InputError
 from ssm_train.health.liveness import check_liveness
 from ssm_train.peft.coverage import measure_coverage
 from ssm_train.peft.lora import lora_layers
+from ssm_train.peft.spec import load_peft
 
 FAMILIES = ("mamba", "mamba2", "gla", "bamba")
 VARIANTS = {
@@ -192,6 +193,40 @@ def test_preflight_leaves_no_trace(family):
     assert marked.grad is gradient and bool((gradient == 1).all())
     assert all(p.grad is None for p in model.parameters() if p is not marked)
     assert all(not p._backward_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"peft_type": "LORA", "r": 2, "target_modules": ["dt_proj"], "lora_dropout": 0.5},
+        {"peft_type": "LORA", "r": 2, "target_modules": ["dt_proj"]},
+        {
+            "peft_type": "SD_LORA", "lora_targets": ["dt_proj"], "proj_lora_r": 2,
+            "proj_lora_dropout": 0.5,
+        },
+    ],
+    ids=["dropout", "none", "another kind of dropout"],
+)  # fmt: skip
+def test_what_is_computed_again_drops_the_same(settings, monkeypatch):
+    """Step sizes are made again in the backward pass, but not where they would be others."""
+    prepared = prepare("mamba")
+    load_peft(settings).make().inject(prepared)
+    model = prepared.model.train()
+    train_a_little(model)
+    found, again = [], []
+    recomputed = modules.recomputed
+    monkeypatch.setattr(
+        modules, "recomputed", lambda *v, **o: again.append(v) or recomputed(*v, **o)
+    )
+    for how in (modules.recompute_in, lambda module, function, x: function(x)):
+        monkeypatch.setattr(modules, "recompute_in", how)
+        model.zero_grad()
+        torch.manual_seed(0)
+        token_losses(model, make_batch()).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert bool(again) == ("dropout" not in str(settings))
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)
 
 
 # Dead on purpose: forwards as the fused kernels have them, which read a weight past its module.

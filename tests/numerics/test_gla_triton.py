@@ -91,3 +91,26 @@ def test_values_and_gradients_follow_the_recurrence(ends: list[int], run_kernels
         results.append([o.detach(), *torch.autograd.grad((o * weight).sum(), inputs)])
     for name, found, expected in zip(("o", *"qkvg"), *results, strict=True):
         assert (found - expected).norm() <= tolerance * expected.norm(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("normalizer", [16, 1], ids=["slow decay", "fast decay"])
+@pytest.mark.parametrize("ends", [[0, 4096], list(range(0, 4097, 128))], ids=["long", "short"])
+def test_bf16_has_its_rounding_error(ends: list[int], normalizer: int) -> None:
+    """With states and products of q and k in bf16, against float64: docs/numerics.md."""
+    torch.manual_seed(0)
+    q, k, v, do = (
+        torch.randn(1, 4096, 4, s, device="cuda").bfloat16() for s in (256, 256, 512, 512)
+    )
+    g = F.logsigmoid(torch.randn(1, 4096, 4, 256, device="cuda")) / normalizer
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    inputs = [x.requires_grad_() for x in (q, k, v, g)]
+    o = packed_gla(*inputs, find_chunks(cu_seqlens, 4096))
+    found = [o, *torch.autograd.grad(o, inputs, do)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    o = gla(*exact, cu_seqlens=cu_seqlens)[0]
+    expected = [o, *torch.autograd.grad(o, exact, do.double())]
+    bounds = {"o": 4e-3, "q": 3e-3, "k": 3e-3, "v": 4e-3, "g": 2.5e-3}
+    for (name, bound), got, wanted in zip(bounds.items(), found, expected, strict=True):
+        assert (got.double() - wanted).norm() < bound * wanted.norm(), name

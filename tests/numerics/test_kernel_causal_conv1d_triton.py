@@ -44,6 +44,18 @@ def test_values_and_gradients_follow_the_definition(convolve, length, width):
     )
 
 
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("packed", [True, False])
+def test_it_is_made_again_to_the_bit(convolve, kernel_device, packed, activation):
+    inputs = make_inputs(rows=1, length=13)
+    x, weight, bias = (inputs[name].to(kernel_device) for name in ("x", "weight", "bias"))
+    offsets = torch.tensor([0, 5, 13], dtype=torch.int32, device=kernel_device)
+    y, _ = triton.causal_conv1d(
+        x, weight, bias, activation=activation, cu_seqlens=offsets if packed else None
+    )
+    assert torch.equal(y.grad_fn.make_again(y.grad_fn), y)
+
+
 @pytest.mark.parametrize("windows", [0, 1, 4])
 @pytest.mark.parametrize("boundary", [1, 4, 8])
 def test_documents_are_apart(convolve, boundary, windows):

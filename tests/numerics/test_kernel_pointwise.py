@@ -121,5 +121,12 @@ def test_gradcheck_in_float64(kernel_device, name):
 def test_the_device_chooses(kernel_device, kernels):
     x = torch.zeros(2, device=kernel_device)
     on_gpu = kernel_device == "cuda" and kernels == "auto"
-    assert op.choose(x, kernels) is (triton if on_gpu else reference)
-    assert op.choose(x.double(), kernels) is reference
+    assert op.choose(kernels, x, x) is (triton if on_gpu else reference)
+    assert op.choose(kernels, x, x.double()) is op.choose(kernels, x.double()) is reference
+
+
+def test_swiglu_is_made_again_to_the_bit(kernel_device):
+    gate, up = draw("swiglu", (5, 70), torch.bfloat16, kernel_device)
+    y = triton.swiglu(gate, up.float())
+    assert y.dtype == torch.float32
+    assert torch.equal(y.grad_fn.make_again(y.grad_fn), y)

@@ -148,6 +148,29 @@ def test_bf16_is_rounded_once(kernel_device, name, dtypes, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtypes", ["bbb", "bfb", "fff"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_it_is_made_again_to_the_bit(kernel_device, name, dtypes, weighted):
+    dtype, other, weight = ({"b": torch.bfloat16, "f": torch.float32}[d] for d in dtypes)
+    inputs = on(kernel_device, make_inputs((2, 65, 24), weighted, dtype, other, weight))
+    y, _ = run(triton, name, *inputs)
+    assert torch.equal(y.grad_fn.make_again(y.grad_fn), y)
+
+
+@pytest.mark.parametrize("module_dtype", [torch.bfloat16, torch.float32])
+def test_the_dtype_of_the_norm(module, kernel_device, module_dtype):
+    """It is rounded once, whatever x is, and so is its gradient."""
+    x, residual, weight = on(kernel_device, make_inputs((7, 24)))
+    plain, total = module.rms_norm(x, weight, EPS, residual=residual)
+    y, same = module.rms_norm(x, weight, EPS, residual=residual, dtype=module_dtype)
+    assert y.dtype == module_dtype and torch.equal(total, same)
+    if kernel_device == "cuda" or module is reference:  # the interpreter cuts digits off
+        assert torch.equal(y, plain.to(module_dtype))
+    torch.testing.assert_close(y.float(), plain, rtol=1e-2, atol=1e-2)
+    assert torch.autograd.grad(y.sum(), x)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_rows_of_a_projection_need_no_copy(module, kernel_device, name):
     """Slices with NaN between them: nothing outside a row is read, nothing inside is not written,
     where fresh memory is NaN too."""

@@ -162,6 +162,33 @@ def run_all(engine: str, directory: Path, names: Sequence[str]) -> None:
         )
 
 
+def run_made_again(engine: str, directory: Path, names: Sequence[str]) -> None:
+    """The same with the kernels whose outputs are made again in the backward pass, which run in
+    Triton's interpreter here, and under ZeRO-3 with every parameter in parts."""
+    from ssm_train.engines import zero
+    from ssm_train.kernels import again, causal_conv1d, pointwise, rms_norm
+
+    made: list[str] = []
+    unpack, fill_sizes = again.unpack, zero.fill_sizes
+
+    def watch(kept: Any) -> torch.Tensor:
+        made.extend([kept.maker.name()] if hasattr(kept, "maker") else [])
+        return unpack(kept)
+
+    def part_all(config: dict[str, Any], *others: Any) -> tuple[dict[str, Any], Any]:
+        config, filled = fill_sizes(config, *others)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config, filled
+
+    with ExitStack() as patches:
+        for op in (rms_norm, causal_conv1d, pointwise):
+            patches.enter_context(patch.object(op, "implementation", lambda *_: "triton"))
+        patches.enter_context(patch.object(again, "unpack", watch))
+        patches.enter_context(patch.object(zero, "fill_sizes", part_all))
+        run_all(engine, directory, names)
+    (directory / f"made-{os.environ['RANK']}.json").write_text(json.dumps(sorted(set(made))))
+
+
 @contextmanager
 def seen_inside(engine: str) -> Iterator[set[str]]:
     """What training steps do: the dtypes that projections give, and which of our fused operations

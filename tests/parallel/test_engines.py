@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from engine_runs import (
+    COMMON,
     COMPARED,
     DEVICE,
     ENGINES,
@@ -19,6 +20,7 @@ from engine_runs import (
     go_on,
     run_all,
     run_directory,
+    run_made_again,
     spawn,
     try_cast,
     try_raw_reads,
@@ -35,6 +37,7 @@ PAIRS = [
     if name in COMPARED and name not in STOPPED
 ]
 NEAR, TENSORS_NEAR = (1e-5, 1e-6) if DEVICE == "cpu" else (1e-4, 1e-4)
+MADE = ("Remembered", "_Convolution", "_Norm", "_SwiGlu")  # whose outputs are made again
 RESUMING = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
@@ -135,6 +138,30 @@ def test_it_goes_on_with_one_process_and_with_four(engine: str, alone: Path, und
         for processes in others:
             again = run_directory(directory, f"{name}_{processes}")
             assert_same_run(again, run_directory(alone, name))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the cases run by the reference")
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_what_is_made_again_reads_whole_weights(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a norm or a convolution, in the backward pass of the layer that reads its output."""
+    names = ["gla_packed", "mamba_packed_full"]
+    for name, value in (("max_steps", 2), ("eval_steps", 2), ("save_steps", 2)):
+        monkeypatch.setitem(COMMON, name, value)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for directory in (one, two):
+        directory.mkdir()
+    for name in names:
+        train(write(one, name, 1))
+        write(two, name, 2)
+    spawn(run_made_again, 2, engine, two, names)
+    for name in names:
+        found, expected = (losses(run_directory(d, name)) for d in (two, one))
+        assert found == pytest.approx(expected, abs=NEAR)
+    for rank in (0, 1):
+        made = json.loads((two / f"made-{rank}.json").read_text())
+        assert made == [f"{name}Backward" for name in MADE]
 
 
 def test_a_raw_read_of_a_partitioned_weight_stops_the_run(tmp_path: Path) -> None:

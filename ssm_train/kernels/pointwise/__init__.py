@@ -15,19 +15,20 @@ __all__ = ["add_bias", "swiglu"]
 
 def swiglu(gate: Tensor, up: Tensor, *, kernels: str = "auto") -> Tensor:
     """`reference.swiglu`, by the implementation for its device; fp64 by the reference."""
-    result: Tensor = choose(gate, kernels).swiglu(gate, up)
+    result: Tensor = choose(kernels, gate, up).swiglu(gate, up)
     return result
 
 
 def add_bias(x: Tensor, bias: Tensor, *, kernels: str = "auto") -> Tensor:
     """`reference.add_bias`, by the implementation for its device; fp64 by the reference."""
-    result: Tensor = choose(x, kernels).add_bias(x, bias)
+    result: Tensor = choose(kernels, x, bias).add_bias(x, bias)
     return result
 
 
-def choose(x: Tensor, kernels: str) -> Any:
-    """The module that computes with x."""
-    if x.dtype != torch.float64 and implementation(kernels, x.device) == "triton":
+def choose(kernels: str, *inputs: Tensor) -> Any:
+    """The module that computes with them."""
+    in_fp64 = any(x.dtype == torch.float64 for x in inputs)
+    if not in_fp64 and implementation(kernels, inputs[0].device) == "triton":
         from ssm_train.kernels.pointwise import triton
 
         return triton

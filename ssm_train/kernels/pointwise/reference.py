@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202), each [..., D], in their dtype."""
+    """silu(gate) * up (arXiv 2002.05202), each [..., D]."""
     return F.silu(gate) * up
 
 

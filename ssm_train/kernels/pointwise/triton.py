@@ -17,7 +17,7 @@ ROWS, BLOCK = 4, 512  # rows of a program, and channels of each
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `reference.swiglu`; computed in fp32 and rounded once."""
-    assert gate.shape == up.shape and gate.dtype == up.dtype, (gate, up)
+    assert gate.shape == up.shape, (gate.shape, up.shape)
     result: Tensor = _SwiGlu.apply(gate.contiguous(), up.contiguous())
     return result
 
@@ -46,7 +46,7 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def multiply(gate: Tensor, up: Tensor) -> Tensor:
-    y = torch.empty_like(gate)
+    y = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype))
     launch(_swiglu, gate, up, y)
     return y
 
