@@ -158,9 +158,9 @@ def project(x: Tensor, *modules: nn.Module) -> list[Tensor]:
 def recompute_in(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), which calls a small module: computed again in the backward pass (see
     `again.recomputed`), unless the module may draw random numbers."""
-    if torch.is_grad_enabled() and draws_nothing(module):
-        return recomputed(function, x, weights=module.parameters())
-    return function(x)
+    if not draws_nothing(module):
+        return function(x)
+    return recomputed(function, x, weights=module.parameters())
 
 
 def draws_nothing(module: nn.Module) -> bool:

@@ -73,7 +73,7 @@ def unpack(kept: Kept | Place) -> Tensor:
 def find_maker(x: Tensor) -> Any:
     """The node that makes x, or that of which x is a view; None: it cannot do so again, or x was
     written into since."""
-    if x._version:
+    if x.grad_fn is None or x._version:
         return None
     node, output = x.grad_fn, x.output_nr
     while node is not None and node.name() in VIEWS:
@@ -105,7 +105,7 @@ def recomputed(
     """function(*inputs), which `made_again` may compute again from the inputs; so may its own
     backward pass, which keeps nothing else. The function reads `weights` and draws no random
     numbers."""
-    if others_keep():
+    if others_keep() or not torch.is_grad_enabled():
         return function(*inputs)
     read = (*inputs, *weights)
     versions = [tensor._version for tensor in read]

@@ -249,6 +249,16 @@ def test_a_value_that_was_written_into_is_kept() -> None:
     torch.testing.assert_close(torch.autograd.grad(y.sum(), weight)[0], expected)
 
 
+def test_without_gradients_there_is_nothing_to_make() -> None:
+    """Inference tensors have no versions to ask for."""
+    weight = weights()[0].detach()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            h = recomputed(torch.tanh, draw(), weights=[weight])
+            with made_again(h, Square.apply(h)[0]):
+                assert (h @ weight).isfinite().all()
+
+
 def test_twice_backwards() -> None:
     x = draw()
     loss = readers(recomputed(torch.tanh, x), again=True)
