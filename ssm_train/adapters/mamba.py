@@ -290,6 +290,7 @@ class MambaAdapter:
             rows = 3 * inner + groups + config.num_heads  # in_proj, y
             fp32 = 4 * 2 * config.num_heads  # step sizes before and after the softplus
             made = size * (2 * inner + groups)  # convolution, what out_proj reads
+            # x again, and what out_proj read; gradients of both, of y and z, and of in_proj's two
             working = size * 8 * inner
         else:
             rows = 3 * inner + config.time_step_rank + 2 * states  # in_proj, y, x_proj

@@ -147,7 +147,7 @@ def project(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     """Outputs of modules that read the same x, which is cast once and not by each; those that say
     so (`joins`) are one operation. None keeps x for the backward pass if it can be made again."""
     x = x.to(compute_dtype(x))
-    several = modules if len(modules) > 1 else ()
+    several = modules if len(modules) > 1 else ()  # one alone is called, as what it is
     lead: Any = next((module for module in several if hasattr(module, "joins")), None)
     joint = [module for module in modules if lead is not None and lead.joins(module, x)]
     with made_again(x):

@@ -26,7 +26,9 @@ class Place(NamedTuple):
     offset: Any  # elements
 
 
-class Kept(NamedTuple):
+class Saved(NamedTuple):
+    """What is kept, and PyTorch's count of how often it had been written into."""
+
     value: Tensor
     version: int
 
@@ -46,18 +48,18 @@ def made_again(*values: Tensor) -> AbstractContextManager[Any]:
         if (maker := find_maker(x)) is not None and fills_its_memory(x)
     }
 
-    def pack(x: Tensor) -> Kept | Place:
+    def pack(x: Tensor) -> Saved | Place:
         maker = makers.get((x.untyped_storage().data_ptr(), x.dtype))
         if maker is None:  # an output itself would hold its own node
-            return Kept(x if x.is_leaf else x.detach(), x._version)
+            return Saved(x if x.is_leaf else x.detach(), x._version)
         maker.readers = maker.unread = getattr(maker, "readers", 0) + 1
         return Place(maker, x.size(), x.stride(), x.storage_offset())
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack) if makers else nullcontext()
 
 
-def unpack(kept: Kept | Place) -> Tensor:
-    if isinstance(kept, Kept):
+def unpack(kept: Saved | Place) -> Tensor:
+    if isinstance(kept, Saved):
         check_unchanged([kept.value], [kept.version])
         return kept.value
     maker = kept.maker

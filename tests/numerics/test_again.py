@@ -130,7 +130,7 @@ def saved_tensors(node: Any) -> list[Tensor]:
             if name.startswith("_raw_saved_"):
                 raw = getattr(node, name)
                 found += [part.data for part in (raw if isinstance(raw, tuple) else [raw])]
-    found = [part.value if isinstance(part, again_module.Kept) else part for part in found]
+    found = [part.value if isinstance(part, again_module.Saved) else part for part in found]
     return [part for part in found if isinstance(part, Tensor)]
 
 
